@@ -1,0 +1,149 @@
+"""Floating-point operations of what really runs, by component. One multiply-accumulate is 2 FLOPs.
+
+Counted are matrix products, convolutions and attention, forward and backward, by the shapes of the operations as
+they are dispatched, so that a gradient that nobody needs costs nothing; and, apart, the products of rank-1 layers.
+Not counted, as is usual: biases, norms, activations, losses, optimizers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from torch.utils.hooks import RemovableHandle
+
+from lifelong_ens.accounting.components import component_of_modules
+from lifelong_ens.layers.rank1 import Rank1Layer
+
+aten = torch.ops.aten
+
+
+class FlopMeter:
+    """Counts the FLOPs of everything that runs inside a with-block.
+
+    Attributes:
+        by_component: Forward FLOPs of each component; rank-1 products under ``fast_weights``.
+        backward: FLOPs of the backward passes, rank-1 products left out.
+        rank1_forward: FLOPs of the products ``x * r`` and ``y * s``.
+        rank1_backward: FLOPs of their gradients: one per element towards the input, two towards the vector.
+
+    Args:
+        network: Its modules say which component an operation belongs to.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.by_component: Counter[str] = Counter()
+        self.backward = self.rank1_forward = self.rank1_backward = 0
+        self._stack: list[str] = []
+        self._handles: list[RemovableHandle] = []
+        self._mode = _Dispatch(self._add)
+
+    @property
+    def total(self) -> int:
+        """All FLOPs, forward and backward."""
+        return sum(self.by_component.values()) + self.backward + self.rank1_backward
+
+    @property
+    def rank1(self) -> int:
+        """FLOPs of rank-1 products, forward and backward."""
+        return self.rank1_forward + self.rank1_backward
+
+    def __enter__(self) -> Self:
+        for module, component in component_of_modules(self.network):
+            self._handles += self._hook(module, component)
+        self._mode.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._mode.__exit__(*exception)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._stack.clear()
+
+    def _add(self, flops: int) -> None:
+        if self._stack:
+            self.by_component[self._stack[-1]] += flops
+        else:
+            self.backward += flops
+
+    def _hook(self, module: nn.Module, component: str) -> list[RemovableHandle]:
+        def enter(*_: Any) -> None:
+            self._stack.append(component)
+
+        def leave(*_: Any) -> None:
+            self._stack.pop()
+
+        handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+        if isinstance(module, Rank1Layer):
+            handles.append(module.register_forward_hook(self._count_rank1))
+        return handles
+
+    def _count_rank1(self, layer: Rank1Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        forward = inputs[0].numel() + output.numel()
+        self.rank1_forward += forward
+        self.by_component["fast_weights"] += forward
+        if not torch.is_grad_enabled():
+            return
+        for bank, tensor, towards_input in (
+            (layer.r, inputs[0], inputs[0].requires_grad),
+            (layer.s, output, output.requires_grad),
+        ):
+            learns = bank.active is not None and bank.active.requires_grad
+            self.rank1_backward += tensor.numel() * (2 * learns + towards_input)
+
+
+class _Dispatch(TorchDispatchMode):
+    """Sees every operation below autograd and reports the FLOPs of those that have a formula."""
+
+    def __init__(self, report: Callable[[int], None]) -> None:
+        super().__init__()
+        self.report = report
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        packet = func._overloadpacket
+        if packet not in flop_registry and func is not torch.ops.prim.device.default:
+            # inference mode shows composite operations whole
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        out = func(*args, **kwargs)
+        if packet is aten.convolution_backward:
+            self.report(_convolution_backward(*args))
+        elif packet in flop_registry:
+            self.report(flop_registry[packet](*args, **kwargs, out_val=out))
+        return out
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> int:
+    """Gradients that were asked for, each as many products as the forward pass, groups included.
+
+    Torch's own formula counts grouped weight gradients as if they were dense.
+    """
+    output_mask = rest[-1]
+    transposed = rest[4]
+    positions = (x if transposed else grad).shape[2:].numel() * len(grad)
+    forward = 2 * positions * weight.numel()
+    return forward * (int(output_mask[0]) + int(output_mask[1]))
+
+
+def forward_flops(network: nn.Module, run: Callable[[], object]) -> FlopMeter:
+    """Count one forward pass in evaluation mode without gradients; nothing of the network changes."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.no_grad(), FlopMeter(network) as meter:
+            run()
+    finally:
+        network.train(training)
+    return meter

@@ -1,0 +1,304 @@
+"""Any network, the same network with members: rank-1 layers in place of plain ones, trained weights kept.
+
+Names are collected first and modules replaced afterwards, so that a failing conversion changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lifelong_ens.errors import InputError
+from lifelong_ens.layers.attention import Rank1MultiheadAttention
+from lifelong_ens.layers.bank import Selection, banks, fast_weights
+from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
+from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
+
+log = logging.getLogger(__name__)
+
+Match = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+Norms = Literal["per_member", "statistics_only", "shared"]
+Biases = Literal["per_member", "shared"]
+
+RANK1: dict[type[nn.Module], type[Rank1Layer]] = {
+    nn.Linear: Rank1Linear,
+    nn.Conv1d: Rank1Conv1d,
+    nn.Conv2d: Rank1Conv2d,
+    nn.Conv3d: Rank1Conv3d,
+}
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+AFFINE_NORMS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: MemberLayerNorm,
+    nn.GroupNorm: MemberGroupNorm,
+}
+# why a module stays shared when that was asked for, by include, exclude or norm
+CHOSEN = "as asked"
+MEMBER_LAYERS = (Rank1Layer, Rank1MultiheadAttention, MemberBatchNorm, MemberLayerNorm, MemberGroupNorm)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What happens to one module: ``target`` is the name of its new class, or None where it stays as it is."""
+
+    name: str
+    source: str
+    target: str | None
+    reason: str
+
+
+def plan_conversion(
+    model: nn.Module,
+    *,
+    include: Sequence[Match] | None = None,
+    exclude: Sequence[Match] = (),
+    norm: Norms = "per_member",
+) -> list[Conversion]:
+    """What ``batch_ensemble`` would do, without doing it: one line for every module that has tensors of its own.
+
+    Args:
+        model: Any network.
+        include: Convert only these: names or glob patterns, module types, or predicates of (name, module).
+        exclude: Leave these as they are; wins over ``include``.
+        norm: As in ``batch_ensemble``.
+    """
+    return [_decide(name, module, include, exclude, norm) for name, module in _units(model)]
+
+
+def convert(
+    model: nn.Module,
+    num_members: int,
+    *,
+    include: Sequence[Match] | None = None,
+    exclude: Sequence[Match] = (),
+    init: str = "random_sign",
+    norm: Norms = "per_member",
+    bias: Biases = "per_member",
+    implicit_first: bool = False,
+) -> tuple[nn.Module, Selection]:
+    """A copy of ``model`` with members, and the selection that its layers read. Arguments as in ``batch_ensemble``.
+
+    Raises:
+        InputError: Nothing matched, or a matched module has no form with members; the line says which and why.
+    """
+    plan = plan_conversion(model, include=include, exclude=exclude, norm=norm)
+    if not any(entry.target for entry in plan):
+        kinds = ", ".join(sorted({entry.source for entry in plan})) or "none"
+        raise InputError(
+            f"nothing in {type(model).__name__} matched, so it would have no members: "
+            f"its modules with weights are {kinds}; check include and exclude."
+        )
+    for entry in plan:
+        if entry.target is None and entry.reason != CHOSEN:
+            log.warning("%s (%s) stays shared by all members: %s", entry.name, entry.source, entry.reason)
+    model, selection = copy.deepcopy(model), Selection()
+    options = {"init": init, "bias": bias, "selection": selection, "implicit_first": implicit_first}
+    replacements: dict[nn.Module, nn.Module] = {}
+    for entry in plan:
+        if entry.target:
+            old = model.get_submodule(entry.name)
+            try:
+                replacements[old] = _with_members(old, num_members, norm, options)
+            except ValueError as error:
+                raise InputError(f"{entry.name}: {error}") from error
+    return _replace(model, replacements), selection
+
+
+def batch_ensemble(
+    model: nn.Module,
+    num_members: int,
+    *,
+    include: Sequence[Match] | None = None,
+    exclude: Sequence[Match] = (),
+    init: Literal["random_sign", "gaussian", "ones"] = "random_sign",
+    norm: Norms = "per_member",
+    bias: Biases = "per_member",
+) -> MemberNetwork:
+    """An ensemble of ``num_members`` that share the weights of ``model``; trained weights kept, original untouched.
+
+    Source: Wen et al., ICLR 2020, section 3.1. With ``init="ones"`` every member starts as ``model`` itself.
+
+    Args:
+        model: Any network whose input is one tensor with the batch on its first axis.
+        num_members: How many members.
+        include: Convert only these: names or glob patterns (``"layer4.*"``), module types, or predicates of
+            (name, module). None means every layer and norm that has a form with members.
+        exclude: Leave these as they are; wins over ``include``.
+        init: How fast weights start: random signs (the paper), N(1, 0.5^2) (the authors' later code), or ones.
+        norm: Affine and running statistics ``per_member``, ``statistics_only`` per member, or all ``shared``
+            (one norm over the stacked batch, as in the authors' code).
+        bias: One bias ``per_member``, or ``shared``.
+
+    Raises:
+        InputError: ``num_members`` < 1, nothing matched, or a matched module has no form with members.
+    """
+    if num_members < 1:
+        raise InputError(f"an ensemble has at least one member, not {num_members}.")
+    body, selection = convert(
+        model, num_members, include=include, exclude=exclude, init=init, norm=norm, bias=bias
+    )
+    return MemberNetwork(body, selection, num_members)
+
+
+class MemberNetwork(nn.Module):
+    """A network with members, made by ``batch_ensemble``."""
+
+    def __init__(self, body: nn.Module, selection: Selection, num_members: int) -> None:
+        super().__init__()
+        self.body = body
+        self.selection = selection
+        self.num_members = num_members
+
+    def forward(self, x: Tensor, members: Sequence[int] | None = None, ids: Tensor | None = None) -> Tensor:
+        """Show every row to the given members, or each row to one.
+
+        Args:
+            x: Inputs ``(batch, ...)``.
+            members: Which members see all rows; None for all.
+            ids: Instead, one member per row, int64 ``(batch,)``.
+
+        Returns:
+            Outputs ``(members, batch, ...)``; with ``ids``, ``(batch, ...)``.
+        """
+        if ids is not None:
+            self._check(ids.tolist())
+            with self.selection.of(ids):
+                return self.body(x)
+        chosen = range(self.num_members) if members is None else members
+        self._check(chosen)
+        if len(chosen) == 1:
+            with self.selection.of(chosen[0]):
+                return self.body(x).unsqueeze(0)
+        rows = None if members is None else torch.tensor(list(members), device=x.device)
+        with self.selection.of(rows):
+            out = self.body(x.repeat(len(chosen), *[1] * (x.dim() - 1)))
+        return out.unflatten(0, (len(chosen), len(x)))
+
+    def export_member(self, member: int) -> nn.Module:
+        """One member as the plain network it was converted from, with no trace of members; equal to 1e-6."""
+        self._check([member])
+        return export(self.body, member)
+
+    def _check(self, members: Sequence[int]) -> None:
+        wrong = [member for member in members if not 0 <= member < self.num_members]
+        if wrong or not len(members):
+            raise IndexError(f"members {wrong} do not exist; this network has 0 to {self.num_members - 1}.")
+
+
+def export(body: nn.Module, member: int) -> nn.Module:
+    """A converted body as a plain network with one member's weights folded in."""
+    with torch.no_grad():
+        body = copy.deepcopy(body)
+        layers = {module: module.export(member) for _, module in _units(body) if isinstance(module, MEMBER_LAYERS)}
+        return _replace(body, layers)
+
+
+def append_members(body: nn.Module, num_members: int, init: str) -> None:
+    """Add members in training to a converted body whose earlier members are committed.
+
+    Args:
+        body: A network from ``convert``.
+        num_members: How many to add.
+        init: How fast weights start, as in ``batch_ensemble``, or ``previous``: all private numbers as copies of
+            the last member's. Otherwise biases and norms start as the first member's, beside whom the shared
+            weights were trained.
+    """
+    for bank in banks(body):
+        last = bank.num_members - 1
+        if init != "previous" and bank.component == "fast_weights":
+            rows = fast_weights(init, num_members, bank.committed.shape[1])
+        else:
+            source = bank.row(last if init == "previous" else 0)
+            rows = source.expand(num_members, *source.shape)
+        bank.append(rows)
+
+
+def commit_members(body: nn.Module) -> None:
+    """Freeze all members in training."""
+    for bank in banks(body):
+        bank.commit()
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with tensors of their own, each once; an attention or a member layer is one unit with all inside."""
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, (nn.MultiheadAttention, *MEMBER_LAYERS)):
+            inside.update(map(id, module.modules()))
+            yield name, module
+        elif module._parameters or module._buffers:
+            yield name, module
+
+
+def _decide(
+    name: str, module: nn.Module, include: Sequence[Match] | None, exclude: Sequence[Match], norm: Norms
+) -> Conversion:
+    kind = type(module)
+    source = kind.__name__
+    if _matches(name, module, exclude) or (include is not None and not _matches(name, module, include)):
+        return Conversion(name, source, None, CHOSEN)
+    if isinstance(module, MEMBER_LAYERS):
+        return Conversion(name, source, None, "has members already")
+    if kind in RANK1:
+        return Conversion(name, source, RANK1[kind].__name__, "rank-1 members")
+    if kind is nn.MultiheadAttention:
+        return Conversion(name, source, "Rank1MultiheadAttention", "rank-1 members on q, k, v and output")
+    if kind in BATCH_NORMS and norm != "shared":
+        return Conversion(name, source, "MemberBatchNorm", f"norm={norm}")
+    if kind in AFFINE_NORMS and norm == "per_member" and module._parameters.get("weight") is not None:
+        return Conversion(name, source, AFFINE_NORMS[kind].__name__, f"norm={norm}")
+    if kind in (*BATCH_NORMS, *AFFINE_NORMS):
+        return Conversion(name, source, None, CHOSEN)
+    if isinstance(module, tuple(RANK1)):
+        return Conversion(name, source, None, f"a subclass of {kind.__mro__[1].__name__} with a forward of its own")
+    return Conversion(name, source, None, f"{source} has no form with members")
+
+
+def _matches(name: str, module: nn.Module, patterns: Sequence[Match]) -> bool:
+    for pattern in patterns:
+        if isinstance(pattern, str):
+            # "layer1" means everything inside it too
+            if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}."):
+                return True
+        elif isinstance(pattern, type):
+            if isinstance(module, pattern):
+                return True
+        elif pattern(name, module):
+            return True
+    return False
+
+
+def _with_members(module: nn.Module, num_members: int, norm: Norms, options: dict[str, Any]) -> nn.Module:
+    selection: Selection = options["selection"]
+    if isinstance(module, nn.MultiheadAttention):
+        return Rank1MultiheadAttention(module, num_members, **options)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return MemberBatchNorm(module, num_members, selection, private_affine=norm == "per_member")
+    if isinstance(module, nn.LayerNorm):
+        return MemberLayerNorm(module, num_members, selection)
+    if isinstance(module, nn.GroupNorm):
+        return MemberGroupNorm(module, num_members, selection)
+    layer_type: Any = RANK1[type(module)]
+    return layer_type.of(module, num_members, **options)
+
+
+def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put the replacements in at every place where the old modules stand, shared ones included."""
+    if model in replacements:
+        return replacements[model]
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if child in replacements:
+                setattr(module, name, replacements[child])
+                if isinstance(module, nn.TransformerEncoderLayer):
+                    # its fused inference path reads the weights of its children without calling them
+                    module.activation_relu_or_gelu = 0
+    return model

@@ -1,0 +1,180 @@
+"""Banks of private rows, one per member, and the selection that says which rows of a batch are whose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Members = int | Tensor | None
+
+
+class Selection:
+    """Which members the rows of the call in progress belong to; one object, shared by all layers of a network.
+
+    One rule covers ensembles, tasks and mixed batches. With ``K`` members selected, the rows of a batch are ``K``
+    contiguous blocks of equal length and block ``k`` belongs to member ``members[k]``: an ensemble selects all its
+    members and stacks the batch once for each, a task selects its own member, a mixed batch selects one member a row.
+    """
+
+    def __init__(self) -> None:
+        self.members: Members = None
+
+    @contextmanager
+    def of(self, members: Members) -> Iterator[None]:
+        """Select ``members`` inside a with-block: one id, ids ``(K,)``, or None for all in their order."""
+        before, self.members = self.members, members
+        try:
+            yield
+        finally:
+            self.members = before
+
+
+class Bank(nn.Module):
+    """One row of private numbers per member: committed rows, frozen to the bit, before the rows in training.
+
+    The rows in training are a leaf of their own. As rows of one large parameter, momentum and weight decay would
+    move the committed ones too; as one parameter per member and layer, a hundred tasks would mean thousands of
+    tensors. ``commit`` moves them over when a task ends.
+
+    Attributes:
+        committed: Rows that nothing changes any more, ``(committed, *shape)``.
+        active: Rows in training, ``(k, *shape)``, or None when every member is committed.
+
+    Args:
+        rows: The first members' rows, ``(members, *shape)``; may have zero members.
+        component: The line of the cost ledger that these numbers belong to.
+        learned: Whether the rows are trained by gradient (counted as parameters) or are statistics.
+        implicit_first: Give member 0 a row of ones that is neither stored nor trained: the shared network itself.
+    """
+
+    committed: Tensor
+    active: Tensor | None
+    first: Tensor | None
+
+    def __init__(
+        self, rows: Tensor, component: str, learned: bool = True, implicit_first: bool = False
+    ) -> None:
+        super().__init__()
+        self.component = component
+        self.learned = learned
+        first = rows.new_ones((1, *rows.shape[1:])) if implicit_first else None
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("committed", rows[:0].detach().clone())
+        self._set_active(rows.detach().clone() if len(rows) else None)
+
+    def extra_repr(self) -> str:
+        """The part of ``repr`` between the brackets."""
+        return f"{self.num_members} x {tuple(self.committed.shape[1:])}, {self.component}"
+
+    @property
+    def num_committed(self) -> int:
+        """How many members are frozen; they come first."""
+        return len(self.committed) + (self.first is not None)
+
+    @property
+    def num_members(self) -> int:
+        """How many members there are, committed and in training."""
+        return self.num_committed + (0 if self.active is None else len(self.active))
+
+    def append(self, rows: Tensor) -> None:
+        """Add members in training with the given rows, ``(k, *shape)``; those before them must be committed."""
+        if self.active is not None:
+            raise RuntimeError("Bank.append: commit the members in training before new ones are added.")
+        self._set_active(rows.detach().to(self.committed).clone())
+
+    def commit(self) -> None:
+        """Freeze the rows in training. Their values do not change, and nothing trains them again."""
+        if self.active is not None:
+            self.committed = torch.cat([self.committed, self.active.detach()])
+            self._set_active(None)
+
+    def rows(self, members: Members) -> Tensor:
+        """The rows of the selected members, ``(K, *shape)``; ``K`` is 1 for a single id."""
+        if isinstance(members, int):
+            return self.row(members).unsqueeze(0)
+        return self.table() if members is None else self.table().index_select(0, members)
+
+    def row(self, member: int) -> Tensor:
+        """One member's row, ``shape``, as a view: writing to it writes to the bank."""
+        if not 0 <= member < self.num_members:
+            raise IndexError(f"member {member} does not exist: the bank holds {self.num_members}.")
+        if member >= self.num_committed and self.active is not None:
+            return self.active[member - self.num_committed]
+        if self.first is None:
+            return self.committed[member]
+        return self.first[0] if member == 0 else self.committed[member - 1]
+
+    def table(self) -> Tensor:
+        """All rows, ``(members, *shape)``."""
+        parts = [part for part in (self.first, self.committed, self.active) if part is not None and len(part)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _set_active(self, rows: Tensor | None) -> None:
+        if self.learned:
+            self.register_parameter("active", None if rows is None else nn.Parameter(rows))
+        else:
+            self.register_buffer("active", rows)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # how many members there are is part of the state, so the bank takes the shape of what it is given
+        if f"{prefix}committed" in state_dict:
+            shape = state_dict[f"{prefix}committed"].shape
+            if shape[1:] == self.committed.shape[1:]:
+                self.committed = self.committed.new_zeros(shape)
+                active = state_dict.get(f"{prefix}active")
+                self._set_active(None if active is None else self.committed.new_zeros(active.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def banks(module: nn.Module) -> Iterator[Bank]:
+    """Every bank inside ``module``, each once."""
+    return (child for child in module.modules() if isinstance(child, Bank))
+
+
+def per_row(rows: Tensor, num_rows: int, owner: nn.Module) -> Tensor:
+    """Members' rows ``(K, *shape)`` laid out for a batch: ``(num_rows, *shape)``, or ``(1, *shape)`` where K is 1.
+
+    Raises:
+        ValueError: ``num_rows`` is not a multiple of ``K``; left-over rows would have no member.
+    """
+    members = len(rows)
+    if members in (1, num_rows):
+        return rows
+    if members == 0 or num_rows % members:
+        raise ValueError(
+            f"{type(owner).__name__}: {num_rows} rows do not split into {members} members; "
+            "pass ids, or stack one block of rows per member."
+        )
+    return rows.repeat_interleave(num_rows // members, dim=0)
+
+
+def along(values: Tensor, x: Tensor, channel_axis: int) -> Tensor:
+    """Shape ``(rows, C)`` so that it broadcasts along ``channel_axis`` of ``x``, in the dtype of ``x``.
+
+    Without the cast a product with float32 rows would silently leave bf16 autocast.
+    """
+    shape = [1] * x.dim()
+    shape[0], shape[channel_axis] = values.shape
+    return values.to(x.dtype).view(shape)
+
+
+INITS = ("random_sign", "gaussian", "ones")
+
+
+def fast_weights(init: str, num_members: int, size: int) -> Tensor:
+    """Initial fast weights ``(num_members, size)`` from torch's global generator.
+
+    ``random_sign`` draws -1 and +1 with equal chance (BatchEnsemble, Appendix B; the chance is not stated there),
+    ``gaussian`` draws N(1, 0.5^2) (the authors' public code since 2020), ``ones`` starts at the shared network.
+    """
+    if init == "random_sign":
+        return torch.randint(0, 2, (num_members, size)).mul_(2).sub_(1).float()
+    if init == "gaussian":
+        return torch.randn(num_members, size).mul_(0.5).add_(1)
+    if init == "ones":
+        return torch.ones(num_members, size)
+    raise ValueError(f"fast weights cannot start as {init!r}; choose from {', '.join(INITS)}.")

@@ -1,0 +1,199 @@
+"""Normalisation with numbers of its own for each member: affine rows and running statistics.
+
+With running statistics shared between tasks, old tasks' logits move although every parameter is frozen. Edward2's
+``ensemble_batchnorm`` and ``EnsembleSyncBatchNorm`` also keep them per member.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lifelong_ens.layers.bank import Bank, Members, Selection, along, per_row
+
+POLICIES = ("per_member", "statistics_only", "shared")
+
+
+class _Affine(nn.Module):
+    """The affine part of a norm, per member or shared by all, in torch's names where it is shared."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def _add_affine(self, norm: nn.Module, num_members: int, private: bool) -> None:
+        for name in ("weight", "bias"):
+            shared = getattr(norm, name, None)
+            self.register_parameter(name, None if private else shared)
+            rows = shared.detach().expand(num_members, *shared.shape) if private and shared is not None else None
+            setattr(self, f"private_{name}", None if rows is None else Bank(rows, "norm_affine"))
+
+    def _rows(self, name: str, members: Members) -> Tensor | None:
+        """The selected members' weight or bias, ``(K, *shape)``, or None where the norm has none."""
+        bank, shared = getattr(self, f"private_{name}"), getattr(self, name)
+        if bank is not None:
+            return bank.rows(members)
+        return None if shared is None else shared.unsqueeze(0)
+
+    def _affine(self, y: Tensor, members: Members, channel_axes: slice) -> Tensor:
+        """``y * weight + bias``, each row by its member's; ``channel_axes`` are the axes the rows cover."""
+        for name, combine in (("weight", torch.mul), ("bias", torch.add)):
+            rows = self._rows(name, members)
+            if rows is not None:
+                values = per_row(rows, len(y), self)
+                shape = [1] * y.dim()
+                shape[channel_axes] = values.shape[1:]
+                shape[0] = len(values)
+                y = combine(y, values.to(y.dtype).view(shape))
+        return y
+
+    def _export_affine(self, plain: nn.Module, member: int) -> None:
+        for name in ("weight", "bias"):
+            rows = self._rows(name, member)
+            if rows is not None:
+                setattr(plain, name, nn.Parameter(rows[0].detach().clone()))
+
+
+class MemberLayerNorm(_Affine):
+    """``nn.LayerNorm`` with one affine row per member; inputs ``(batch, ..., *normalized_shape)``."""
+
+    def __init__(self, norm: nn.LayerNorm, num_members: int, selection: Selection) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
+        self.selection = selection
+        self._add_affine(norm, num_members, private=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise over the last axes, then scale and shift each row by its member's numbers."""
+        y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return self._affine(y, self.selection.members, slice(-len(self.normalized_shape), None))
+
+    def export(self, member: int) -> nn.LayerNorm:
+        """One member as a plain ``nn.LayerNorm``."""
+        plain = nn.LayerNorm(
+            list(self.normalized_shape), self.eps, self.private_weight is not None, self.private_bias is not None
+        )
+        self._export_affine(plain, member)
+        return plain.train(self.training)
+
+
+class MemberGroupNorm(_Affine):
+    """``nn.GroupNorm`` with one affine row per member; inputs ``(batch, C, ...)``."""
+
+    def __init__(self, norm: nn.GroupNorm, num_members: int, selection: Selection) -> None:
+        super().__init__()
+        self.num_groups, self.num_channels, self.eps = norm.num_groups, norm.num_channels, norm.eps
+        self.selection = selection
+        self._add_affine(norm, num_members, private=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each group of channels, then scale and shift each row by its member's numbers."""
+        return self._affine(F.group_norm(x, self.num_groups, eps=self.eps), self.selection.members, slice(1, 2))
+
+    def export(self, member: int) -> nn.GroupNorm:
+        """One member as a plain ``nn.GroupNorm``."""
+        plain = nn.GroupNorm(self.num_groups, self.num_channels, self.eps, self.private_weight is not None)
+        self._export_affine(plain, member)
+        return plain.train(self.training)
+
+
+class MemberBatchNorm(_Affine):
+    """Batch normalisation with running statistics, and if asked affine rows, of each member's own.
+
+    In training a member in training is normalised by the statistics of its own rows, which move its running
+    statistics; a committed member always by its running statistics, which never move. Inputs ``(batch, C, ...)``.
+
+    Args:
+        norm: The plain norm whose numbers every member starts from.
+        num_members: How many members.
+        selection: The network's selection.
+        private_affine: Affine rows per member, or one shared affine.
+    """
+
+    def __init__(
+        self, norm: nn.modules.batchnorm._BatchNorm, num_members: int, selection: Selection, private_affine: bool
+    ) -> None:
+        super().__init__()
+        if norm.momentum is None:
+            raise ValueError(
+                "MemberBatchNorm: a cumulative average (momentum=None) has no per-member form; set a momentum."
+            )
+        self.plain_type = type(norm)
+        self.num_features, self.eps, self.momentum = norm.num_features, norm.eps, norm.momentum
+        self.selection = selection
+        self._add_affine(norm, num_members, private_affine)
+        self.running_mean = self.running_var = None
+        if norm.running_mean is not None and norm.running_var is not None:
+            self.running_mean = Bank(norm.running_mean.expand(num_members, -1), "norm_statistics", learned=False)
+            self.running_var = Bank(norm.running_var.expand(num_members, -1), "norm_statistics", learned=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each row with its member's statistics, scale and shift it with its member's affine."""
+        members = self.selection.members
+        if isinstance(members, int):
+            return self._one(x, members)
+        num_members = self._num_members() if members is None else len(members)
+        if not self._uses_batch(members):
+            return self._by_running(x, members)
+        ids = list(range(num_members)) if members is None else members.tolist()
+        if num_members < len(x):
+            per_row(x.new_empty(num_members, 0), len(x), self)  # raises where rows would be left over
+            return torch.cat([self._one(block, i) for block, i in zip(x.chunk(num_members), ids, strict=True)])
+        return self._by_groups(x, ids)
+
+    def _num_members(self) -> int:
+        for bank in (self.running_mean, self.private_weight):
+            if bank is not None:
+                return bank.num_members
+        return 1
+
+    def _uses_batch(self, members: Members) -> bool:
+        """Whether any selected member is normalised by its batch's own statistics."""
+        if self.running_mean is None:
+            return True
+        if not self.training or self.running_mean.active is None:
+            return False
+        return members is None or isinstance(members, int) or bool((members >= self.running_mean.num_committed).any())
+
+    def _one(self, x: Tensor, member: int) -> Tensor:
+        """All rows belong to one member: torch's own kernel."""
+        weight, bias = (self._rows(name, member) for name in ("weight", "bias"))
+        weight, bias = (None if rows is None else rows[0] for rows in (weight, bias))
+        if self.running_mean is None or self.running_var is None:
+            return F.batch_norm(x, None, None, weight, bias, True, self.momentum, self.eps)
+        learning = self.training and member >= self.running_mean.num_committed
+        mean, var = self.running_mean.row(member), self.running_var.row(member)
+        return F.batch_norm(x, mean, var, weight, bias, learning, self.momentum, self.eps)
+
+    def _by_running(self, x: Tensor, members: Members) -> Tensor:
+        """Rows of several members by their running statistics: one scale and one shift per row."""
+        mean, var = (bank.rows(members) for bank in (self.running_mean, self.running_var) if bank is not None)
+        weight, bias = self._rows("weight", members), self._rows("bias", members)
+        scale = torch.rsqrt(var + self.eps)
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        scale, shift = (along(per_row(rows, len(x), self), x, 1) for rows in (scale, shift))
+        return torch.addcmul(shift, x, scale)
+
+    def _by_groups(self, x: Tensor, ids: list[int]) -> Tensor:
+        """One id a row, members repeating: the rows of each member are gathered, normalised and put back."""
+        row_ids = torch.tensor(ids, device=x.device)
+        y = torch.empty_like(x)
+        for member in sorted(set(ids)):
+            index = (row_ids == member).nonzero().squeeze(1)
+            y = y.index_copy(0, index, self._one(x.index_select(0, index), member).to(y.dtype))
+        return y
+
+    def export(self, member: int) -> nn.Module:
+        """One member as torch's plain norm."""
+        affine = self._rows("weight", member) is not None
+        plain: Any = self.plain_type(
+            self.num_features, self.eps, self.momentum, affine, track_running_stats=self.running_mean is not None
+        )
+        self._export_affine(plain, member)
+        if self.running_mean is not None and self.running_var is not None:
+            plain.running_mean.copy_(self.running_mean.row(member))
+            plain.running_var.copy_(self.running_var.row(member))
+        return plain.train(self.training)

@@ -1,0 +1,174 @@
+"""The contract of networks that grow by a task at a time, and the two simplest of them."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from lifelong_ens.networks.plain import reinitialise, without_classifier
+
+
+class TaskNetwork(nn.Module):
+    """A network that learns tasks one after the other; a subclass says what a new task adds and freezes.
+
+    It grows in ``add_task`` alone, never while it evaluates. Whatever it learns is a parameter or a buffer, so that
+    its ``state_dict`` is the whole truth; building it anew, repeating ``add_task`` and ``finish_task`` for the same
+    tasks and loading that state gives the same network.
+
+    Attributes:
+        classes_per_task: How many classes each task has, in the order in which they came.
+        frozen_past: Whether outputs for earlier tasks stay the same to the bit while later ones are learnt.
+    """
+
+    frozen_past = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes_per_task: list[int] = []
+        self.heads = Heads()
+
+    @property
+    def num_tasks(self) -> int:
+        """How many tasks there are, the one in training included."""
+        return len(self.classes_per_task)
+
+    def begin_task(self, num_classes: int) -> None:
+        """Add a task and note its number of classes, on the device the network is on; what training calls."""
+        device = next((parameter.device for parameter in self.parameters()), None)
+        self.add_task(num_classes)
+        self.classes_per_task.append(num_classes)
+        self.to(device)
+
+    @abstractmethod
+    def add_task(self, num_classes: int) -> None:
+        """Add what a new task needs and freeze what it must not move; ``num_tasks`` is its index meanwhile."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """Logits of one task ``(batch, classes)``, or of each row's own task.
+
+        Args:
+            x: Images ``(batch, C, H, W)``.
+            task: One task for all rows, or one per row, int64 ``(batch,)``. Then the logits are as wide as the
+                widest of these tasks and -inf behind the classes of a narrower one.
+        """
+
+    def member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """Logits of each member that a task holds, ``(members, batch, classes)``; most networks hold one."""
+        return self(x, task).unsqueeze(0)
+
+    def finish_task(self) -> None:
+        """Called when the training of the newest task has ended."""
+
+    def regrow(self, classes_per_task: Sequence[int]) -> Self:
+        """Grow as for these tasks without training them; what a saved state is loaded into."""
+        for num_classes in classes_per_task:
+            self.begin_task(num_classes)
+            self.finish_task()
+        return self
+
+
+class Heads(nn.ModuleList):
+    """One linear classifier per task."""
+
+    component = "head"
+
+    def add(self, num_features: int, num_classes: int) -> None:
+        """Append a classifier."""
+        self.append(nn.Linear(num_features, num_classes))
+
+    def forward(self, features: Tensor, task: int | Tensor) -> Tensor:
+        """Features ``(..., batch, num_features)`` to logits ``(..., batch, classes)``, padded for mixed tasks."""
+        if isinstance(task, int):
+            return self[task](features)
+        present = task.unique().tolist()
+        if len(present) == 1:
+            return self[present[0]](features)
+        logits = [self[one](features[..., task == one, :]) for one in present]
+        shape = (*features.shape[:-1], max(part.shape[-1] for part in logits))
+        padded = torch.full(shape, -torch.inf, dtype=logits[0].dtype, device=features.device)
+        for one, part in zip(present, logits, strict=True):
+            padded[..., task == one, : part.shape[-1]] = part
+        return padded
+
+
+class MultiHead(TaskNetwork):
+    """One body for all tasks and a head for each: plain fine-tuning, and joint training.
+
+    Args:
+        body: A network with ``num_features``, or a classifier whose last linear layer is taken off.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = without_classifier(body)
+
+    def add_task(self, num_classes: int) -> None:
+        """Add a head; everything goes on training."""
+        self.heads.add(self.body.num_features, num_classes)  # pyright: ignore
+
+    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """See ``TaskNetwork.forward``."""
+        return self.heads(self.body(x), task)
+
+
+class Columns(nn.ModuleList):
+    """One whole network per task, all but the newest frozen."""
+
+    component = "column"
+
+    def add(self, template: nn.Module) -> nn.Module:
+        """Append a copy of ``template``: with its weights as the first column, with fresh ones afterwards."""
+        column = copy.deepcopy(template)
+        if len(self):
+            reinitialise(column)
+        self.append(column.requires_grad_(True))
+        return column
+
+    def train(self, mode: bool = True) -> Self:
+        """Only the newest column is ever in training mode: the statistics of the others must not move."""
+        self.training = mode
+        for index, column in enumerate(self):
+            column.train(mode and index == len(self) - 1)
+        return self
+
+
+class Independent(TaskNetwork):
+    """A network of its own for every task: nothing is shared, nothing forgotten.
+
+    Args:
+        body: The shape of every network; its weights start the first.
+    """
+
+    frozen_past = True
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        # a template, not a part: kept out of the state
+        self.template = [without_classifier(body)]
+        self.columns = Columns()
+
+    def add_task(self, num_classes: int) -> None:
+        """Add a network with fresh weights and a head; freeze the earlier ones."""
+        self.requires_grad_(False)
+        self.columns.add(self.template[0])
+        self.heads.add(self.template[0].num_features, num_classes)  # pyright: ignore
+
+    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """See ``TaskNetwork.forward``."""
+        if isinstance(task, int):
+            return self.heads(self.columns[task](x), task)
+        features = None
+        for one in task.unique().tolist():
+            part = self.columns[one](x[task == one])
+            if features is None:
+                features = part.new_zeros(len(x), part.shape[-1])
+            features[task == one] = part
+        if features is None:
+            raise ValueError("a batch has no rows.")
+        return self.heads(features, task)

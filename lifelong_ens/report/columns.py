@@ -1,0 +1,123 @@
+"""Every column of the four tables: its order, its unit and what it means. The one place where this is written."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+COSTS = ("parameters", "bytes", "flops_forward", "flops_training", "seconds_training", "seconds_evaluation")
+"""The costs of a run; each has a column ``ratio_<cost>``."""
+
+METRICS = ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer", "learning_accuracy")
+"""The metrics of a run."""
+
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+_STREAM = Column("stream", "", "name of the stream of tasks")
+_STRATEGY = Column("strategy", "", "name of the strategy; with its options where it ran with several")
+_SEED = Column("seed", "", "seed of the run")
+_SETTING = Column(
+    "setting", "", "hash of the options of stream, network and training; runs compare within one"
+)
+_TRAINED = Column("trained_task", "", "the task trained last, counted from 0")
+_KEYS = (_STREAM, _STRATEGY, _SEED)
+
+
+def _ratio(cost: str) -> Column:
+    meaning = (
+        f"{cost} divided by that of the vanilla network (`finetune`) of the same stream, setting and seed"
+    )
+    return Column(f"ratio_{cost}", "x vanilla", meaning)
+
+
+RUNS = (
+    *_KEYS,
+    Column("average_accuracy", "[0, 1]", "mean accuracy over all tasks after the last one"),
+    Column(
+        "forgetting", "[-1, 1]", "mean over past tasks of best earlier accuracy - final; 0 is no forgetting"
+    ),
+    Column(
+        "backward_transfer", "[-1, 1]", "mean over past tasks of final accuracy - accuracy when just learned"
+    ),
+    Column(
+        "forward_transfer",
+        "[-1, 1]",
+        "mean accuracy on the next task before it is trained - untrained network's",
+    ),
+    Column("learning_accuracy", "[0, 1]", "mean accuracy on each task when just learned"),
+    Column("parameters", "numbers", "stored after the last task, all components but `optimizer`"),
+    Column(
+        "bytes",
+        "bytes",
+        "memory of what is stored after the last task at its true dtypes, without `optimizer`",
+    ),
+    Column(
+        "flops_forward", "FLOPs", "of one image through the path of the task trained last; 1 MAC = 2 FLOPs"
+    ),
+    Column("flops_training", "FLOPs", "of all training; weight gradients of frozen weights are not counted"),
+    Column("seconds_training", "seconds", "of all training"),
+    Column("seconds_evaluation", "seconds", "of all evaluation"),
+    *map(_ratio, COSTS),
+    Column("disk_bytes", "bytes", "written to disk for the model after the last task"),
+    _ratio("disk_bytes"),
+    Column("saved_bytes", "bytes", "saved for the backward pass, peak over all tasks"),
+    _SETTING,
+    Column("num_tasks", "tasks", "in the stream"),
+    Column("network", "", "name of the network"),
+    Column("device", "", "that the run was on"),
+    Column("commit", "", "of the code that ran"),
+)
+
+ACCURACY = (
+    *_KEYS,
+    _TRAINED,
+    Column("eval_task", "", "the task evaluated, counted from 0"),
+    Column("accuracy", "[0, 1]", "on the test images of `eval_task`; only what was measured has a row"),
+    _SETTING,
+)
+
+COMPONENTS = (
+    *_KEYS,
+    _TRAINED,
+    Column(
+        "component",
+        "",
+        "shared, fast_weights, norm_affine, norm_statistics, head, column, lateral, mask, ...",
+    ),
+    Column("parameters", "numbers", "stored in the component after `trained_task`"),
+    Column("bytes", "bytes", "of the component at its true dtype, masks as packed bits"),
+    Column("flops_forward", "FLOPs", "of one image through the component on the path of `trained_task`"),
+    _SETTING,
+)
+
+TASKS = (
+    *_KEYS,
+    _TRAINED,
+    Column("num_classes", "classes", "of `trained_task`"),
+    Column("average_accuracy", "[0, 1]", "mean accuracy over the tasks seen so far"),
+    Column("flops_forward", "FLOPs", "of one image through the path of `trained_task`"),
+    Column("flops_forward_rank1", "FLOPs", "the part of `flops_forward` spent on rank-1 products"),
+    Column("flops_training", "FLOPs", "of training so far"),
+    Column("flops_training_rank1", "FLOPs", "the part of `flops_training` spent on rank-1 products"),
+    Column("saved_bytes", "bytes", "saved for the backward pass, peak while training `trained_task`"),
+    Column("disk_bytes", "bytes", "written to disk for the model after `trained_task`"),
+    Column("seconds_training", "seconds", "of training so far"),
+    Column("seconds_evaluation", "seconds", "of evaluation so far"),
+    _SETTING,
+)
+
+
+def version_column(name: str) -> Column:
+    """The column of ``runs`` that holds the version of one package, as ``version_torch``."""
+    return Column(name, "", f"version of {name.removeprefix('version_')} that the run used")
+
+
+def names(columns: tuple[Column, ...]) -> list[str]:
+    """The names of ``columns``, in order."""
+    return [column.name for column in columns]

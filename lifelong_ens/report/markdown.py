@@ -1,0 +1,70 @@
+"""``summary.md``: the headline table, what it says, and what the runs ran on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+_NOTES = """\
+* mean ± standard deviation over seeds; no ± where all seeds gave the same number or there was one seed.
+* **accuracy**: mean over all tasks after the last one. **forgetting**: mean over past tasks of the best earlier
+  accuracy minus the final one; a bare 0 is exactly zero for every seed, negative means that past tasks got better.
+* **parameters** and **on disk**: all that is stored after the last task. **forward FLOPs/image**: the path of the
+  task trained last. **training FLOPs**, **training time**: of the whole stream. 1 multiply-add is 2 FLOPs.
+* **(1.10x)**: the ratio to the vanilla network, `finetune`, of the same stream, setting and seed; without one there
+  is no ratio.
+* **–**: not defined or not measured: forgetting of a single task or of `joint`, which trains all tasks at once.
+"""
+
+
+def summary_markdown(
+    headline: pd.DataFrame, runs: pd.DataFrame, columns: pd.DataFrame, plots: Iterable[str]
+) -> str:
+    """The whole of ``summary.md``, from the tables of a report and the file names of its plots."""
+    parts = ["# Summary", _tables(headline), _NOTES.rstrip()]
+    parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots]
+    parts += ["## Runs", _markdown(_provenance(runs)), "## Columns", _columns(columns)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(headline: pd.DataFrame) -> str:
+    """One table, or one under a heading for each stream."""
+    if headline.index.nlevels == 1:
+        return _markdown(headline.reset_index())
+    streams = headline.index.get_level_values("stream").unique()
+    return "\n\n".join(
+        f"## {stream}\n\n{_markdown(headline.loc[stream].reset_index())}" for stream in streams
+    )
+
+
+def _provenance(runs: pd.DataFrame) -> pd.DataFrame:
+    """Where the runs ran: one row for each different stream, setting, network, device, commit and versions."""
+    versions = [name for name in runs.columns if name.startswith("version_")]
+    keys = ["stream", "setting", "num_tasks", "network", "device", "commit", *versions]
+    known = runs.assign(**{key: runs[key].astype(object).where(runs[key].notna(), "–") for key in keys})
+    places = known.groupby(keys, sort=False).size().rename("runs").reset_index()
+    return places.rename(columns={name: name.removeprefix("version_") for name in versions})
+
+
+def _columns(columns: pd.DataFrame) -> str:
+    """The documented columns, one list per table."""
+    lists = []
+    for table, group in columns.groupby("table", sort=False):
+        items = [
+            f"* `{row.name}`{f' ({row.unit})' if row.unit else ''}: {row.meaning}"
+            for row in group.itertuples(index=False, name="Row")
+        ]
+        lists.append(f"### {table}.csv\n\n" + "\n".join(items))
+    return "\n\n".join(lists)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A GitHub table of strings, the first column to the left and the others to the right."""
+    from tabulate import tabulate
+
+    rows = table.astype(str).to_numpy().tolist()
+    align = ("left", *["right"] * (table.shape[1] - 1))
+    return tabulate(
+        rows, headers=list(table.columns), tablefmt="github", disable_numparse=True, colalign=align
+    )

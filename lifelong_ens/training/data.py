@@ -1,0 +1,65 @@
+"""Labelled images that live in memory as uint8 and are read in whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A labelled selection of rows of one uint8 image store.
+
+    Several selections share a store, so that the tasks of a stream hold no copies. Reading a batch gathers all its
+    rows at once, moves bytes (not floats) to the device and normalises there.
+
+    Attributes:
+        images: The store, uint8 ``(stored, C, H, W)``; may be memory-mapped.
+        rows: Which rows of the store belong here, int64 ``(n,)``.
+        labels: Class ids from zero, int64 ``(n,)``.
+        mean: Per channel, on the scale of the bytes (0..255), float32 ``(C,)``.
+        std: Per channel, on the scale of the bytes, float32 ``(C,)``.
+        transform: Deterministic map of a normalised batch ``(batch, C, H, W)``, such as a pixel permutation.
+    """
+
+    images: Tensor
+    rows: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+    transform: Callable[[Tensor], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """``(C, H, W)`` of one image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int:
+        """One more than the largest label."""
+        return int(self.labels.max()) + 1
+
+    def subset(self, index: Tensor) -> ImageData:
+        """The samples at the positions ``index``, ``(k,)``, on the same store."""
+        return replace(self, rows=self.rows[index], labels=self.labels[index])
+
+    def batch(self, index: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Normalised images ``(k, C, H, W)``, float32, and labels ``(k,)`` at the positions ``index``."""
+        pixels = self.images.index_select(0, self.rows[index]).to(device, non_blocking=True)
+        mean, std = self.mean.to(device).view(-1, 1, 1), self.std.to(device).view(-1, 1, 1)
+        images = pixels.float().sub_(mean).div_(std)
+        if self.transform is not None:
+            images = self.transform(images)
+        return images, self.labels[index].to(device, non_blocking=True)
+
+    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples in their order, in batches of at most ``batch_size``."""
+        for index in torch.arange(len(self)).split(batch_size):
+            yield self.batch(index, device)

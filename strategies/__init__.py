@@ -1,0 +1,46 @@
+"""Lifelong-learning strategies: every builder returns an Avalanche strategy. Importing this loads no torch.
+
+A module here never has the name of the function in it: the two would hide each other in this package.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from strategies.base import Strategy, TaskModel
+    from strategies.baselines import finetune, independent, joint
+    from strategies.batch_ensemble import batch_ensemble_lifelong
+    from strategies.progressive import pnn
+
+# the name on the command line -> where its builder is
+BUILDERS: dict[str, str] = {
+    "finetune": "strategies.baselines:finetune",
+    "independent": "strategies.baselines:independent",
+    "joint": "strategies.baselines:joint",
+    "batch_ensemble": "strategies.batch_ensemble:batch_ensemble_lifelong",
+    "pnn": "strategies.progressive:pnn",
+}
+
+__all__ = [
+    "BUILDERS",
+    "Strategy",
+    "TaskModel",
+    "batch_ensemble_lifelong",
+    "finetune",
+    "independent",
+    "joint",
+    "pnn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is first asked for."""
+    if name in ("Strategy", "TaskModel"):
+        return getattr(import_module("strategies.base"), name)
+    for target in BUILDERS.values():
+        module, _, function = target.partition(":")
+        if function == name:
+            return getattr(import_module(module), function)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,199 @@
+"""Decoded images on disk: a safetensors file per source, memory-mapped, rebuilt when the source changes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from streams.store import ChannelStatistics, ImageStore, Plan, decode, in_memory, train_part
+
+VERSION = 1
+_STALE_SECONDS = 3600.0
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Source:
+    """Image files that can be decoded.
+
+    Attributes:
+        kind: How the files are read.
+        root: The folder that the user named.
+        files: Path relative to ``root``, bytes and ``mtime_ns`` of every file.
+        plan: Reads what must be known before decoding.
+        options: What else changes the decoded images, such as the image size.
+    """
+
+    kind: str
+    root: Path
+    files: Iterable[tuple[str, int, int]]
+    plan: Callable[[], Plan]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def key(self) -> str:
+        """Names the cache's file: the same folder read in the same way has the same key, changed or not."""
+        return _digest([self.kind, str(self.root.resolve()), sorted(self.options.items())])[:16]
+
+    def fingerprint(self) -> str:
+        """Changes whenever a file or an option does."""
+        return _digest([VERSION, self.kind, sorted(self.options.items()), list(self.files)])
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept: ``$LIFELONG_ENS_CACHE``, else the user's cache folder."""
+    if given := os.environ.get("LIFELONG_ENS_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lifelong_ens"
+
+
+def load(source: Source) -> ImageStore:
+    """The decoded images of a source, mapped from the cache; decoded first where that is missing or old."""
+    path = cache_folder() / f"{source.kind}-{source.key()}.safetensors"
+    fingerprint = source.fingerprint()
+    store = _read(path, fingerprint)
+    if store is not None:
+        return store
+    plan = source.plan()
+    try:
+        _write(path, plan, fingerprint, source.kind)
+    except OSError as error:
+        _log.warning("image cache %s cannot be written (%s); the decoded images stay in memory", path, error)
+        return in_memory(plan, source.kind)
+    return _read(path, fingerprint) or in_memory(plan, source.kind)
+
+
+def _read(path: Path, fingerprint: str) -> ImageStore | None:
+    """The store in a cache file; ``None`` where there is none that can be used."""
+    try:
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") != fingerprint:
+                _log.info("image cache %s is outdated and will be rebuilt", path)
+                return None
+            tensors = {name: file.get_tensor(name) for name in ("images", "labels", "mean", "std")}
+        store = ImageStore(
+            **tensors,
+            num_train=int(metadata["num_train"]),
+            class_names=tuple(json.loads(metadata["class_names"])),
+        )
+        _check(store)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        _log.warning("image cache %s is damaged (%s) and will be rebuilt", path, error)
+        return None
+    return store
+
+
+def _check(store: ImageStore) -> None:
+    """Refuse tensors that do not fit together."""
+    channels = store.images.shape[1] if store.images.dim() == 4 else -1
+    fits = (
+        store.images.dtype == torch.uint8
+        and store.labels.dtype == torch.int64
+        and store.labels.shape == store.images.shape[:1]
+        and store.mean.shape == store.std.shape == (channels,)
+        and bool(store.mean.isfinite().all() and (store.std > 0).all())
+        and 0 < store.num_train <= len(store.labels)
+        and 0 <= int(store.labels.min()) <= int(store.labels.max()) < len(store.class_names)
+    )
+    if not fits:
+        raise ValueError("its parts do not fit together")
+
+
+def _write(path: Path, plan: Plan, fingerprint: str, name: str) -> None:
+    """Decode a plan into a cache file, block by block, so that memory holds one block."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
+    if plan.images_bytes > shutil.disk_usage(path.parent).free:
+        raise OSError(errno.ENOSPC, f"{plan.images_bytes / 1e9:.1f} GB do not fit on the disk")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            _write_content(file, plan, fingerprint, name)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _write_content(file: BinaryIO, plan: Plan, fingerprint: str, name: str) -> None:
+    channels = plan.image_shape[0]
+    # the images come last: what stands before them keeps its alignment whatever their size
+    sizes = [
+        ("labels", "I64", [len(plan.labels)], 8 * len(plan.labels)),
+        ("mean", "F32", [channels], 4 * channels),
+        ("std", "F32", [channels], 4 * channels),
+        ("images", "U8", [len(plan.labels), *plan.image_shape], plan.images_bytes),
+    ]
+    metadata = {
+        "format": "lifelong_ens images",
+        "fingerprint": fingerprint,
+        "num_train": str(plan.num_train),
+        "class_names": json.dumps(plan.class_names),
+    }
+    _write_header(file, sizes, metadata)
+    file.write(np.ascontiguousarray(plan.labels, dtype="<i8").tobytes())
+    at_statistics = file.tell()
+    file.write(bytes(8 * channels))
+    statistics = ChannelStatistics(channels)
+    for first, block in decode(plan, name):
+        file.write(np.ascontiguousarray(block).data)
+        statistics.update(train_part(plan, first, block))
+    file.seek(at_statistics)
+    for values in statistics.result():
+        file.write(values.astype("<f4").tobytes())
+
+
+def _write_header(
+    file: BinaryIO, sizes: list[tuple[str, str, list[int], int]], metadata: dict[str, str]
+) -> None:
+    """The safetensors header: its length in 8 bytes, then JSON padded so that the data is aligned."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name, dtype, shape, num_bytes in sizes:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + num_bytes]}
+        start += num_bytes
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    file.write(struct.pack("<Q", len(content)) + content)
+
+
+def _remove_stale(path: Path) -> None:
+    """Delete what killed processes left; a file still being written is younger."""
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        try:
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
+        except FileNotFoundError:
+            continue
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renaming last over a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
