@@ -23,8 +23,7 @@ from lifelong_ens.errors import DamagedFileError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_METADATA = "lifelong_ens"
-_CONTENT = "content_sha256"
+_METADATA = "lifelong_ens"  # one key alone: safetensors writes several in an order that changes
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> str:
@@ -79,9 +78,9 @@ def write_tensors(
     """
     from safetensors.torch import save
 
-    text = json.dumps(_nan_to_none(dict(metadata or {})), sort_keys=True, allow_nan=False)
-    content = {_METADATA: text, _CONTENT: _content_sha256(tensors, text)}
-    return write_bytes(path, save(_separate(tensors), content))
+    about = json.loads(_canonical(_nan_to_none(metadata or {})))  # as a reader will see it
+    label = _canonical({"content_sha256": _content_sha256(tensors, about), "metadata": about})
+    return write_bytes(path, save(_separate(tensors), {_METADATA: label}))
 
 
 def read_tensors(
@@ -103,10 +102,8 @@ def read_tensors(
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise _damaged(path, f"is not a complete safetensors file ({error})") from error
-    metadata = header.get("__metadata__") or {}
-    if _METADATA not in metadata or _CONTENT not in metadata:
-        raise _damaged(path, "was not written by lifelong_ens")
-    if metadata[_CONTENT] != _content_sha256(tensors, metadata[_METADATA]):
+    label = _label(path, header.get("__metadata__"))
+    if label["content_sha256"] != _content_sha256(tensors, label["metadata"]):
         raise _damaged(path, "was altered after it was written (its content does not match its own hash)")
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -121,12 +118,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     try:
         with safe_open(os.fspath(path), "pt") as file:
-            metadata = file.metadata() or {}
-        return json.loads(metadata[_METADATA])
-    except KeyError as error:
-        raise _damaged(path, "was not written by lifelong_ens") from error
-    except (SafetensorError, ValueError, RecursionError) as error:
+            metadata = file.metadata()
+    except (SafetensorError, ValueError) as error:
         raise _damaged(path, f"is not a complete safetensors file ({error})") from error
+    return _label(path, metadata)["metadata"]
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -144,8 +139,23 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _content_sha256(tensors: Mapping[str, Tensor], metadata: str) -> str:
-    return hashlib.sha256(f"{tensors_sha256(tensors)}\n{metadata}".encode()).hexdigest()
+def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(f"{tensors_sha256(tensors)}\n{_canonical(metadata)}".encode()).hexdigest()
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _label(path: str | os.PathLike[str], metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What :func:`write_tensors` noted in the header: the content's hash and the caller's metadata."""
+    if not metadata or _METADATA not in metadata:
+        raise _damaged(path, "was not written by lifelong_ens")
+    try:
+        label = json.loads(metadata[_METADATA], parse_constant=_refuse_constant)
+        return {"content_sha256": label["content_sha256"], "metadata": dict(label["metadata"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(path, "has a damaged header") from error
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -174,7 +175,7 @@ class Strategy(SupervisedTemplate):
             eval_mb_size=max(fit.batch_size, 256),
             device=device,
             plugins=plugins,
-            evaluator=evaluator,  # pyright: ignore
+            evaluator=evaluator or _silent_evaluator(),
         )
         # neither does anything here, but both cost time at every callback: an evaluator without metrics copies the
         # experience each time, and periodic evaluation is never switched on
@@ -235,7 +236,7 @@ class Strategy(SupervisedTemplate):
                 if self._iteration_plugins():
                     self._epoch_with_callbacks(batches, **kwargs)
                 else:
-                    run_epoch(batches, self._loss_of, self.optimisation, self.on_step)
+                    run_epoch(batches, self._loss_of, self.optimisation)
         except NonFiniteLossError as error:
             task, epoch = self.network.num_tasks, self.clock.train_exp_epochs + 1
             raise NonFiniteLossError(f"{error}, epoch {epoch}, task {task}") from error
@@ -356,12 +357,21 @@ class Strategy(SupervisedTemplate):
                 with self.meter.measure(self.network, rows):
                     yield batch
             self.meter.count(rows)
+            if self.on_step is not None:
+                self.on_step()
 
 
 def _overrides(plugin: Any, name: str) -> bool:
     """Whether a plugin does anything in a callback: whether it is not the empty one of its base class."""
     method = getattr(type(plugin), name, None)
     return method is not None and getattr(method, "__module__", "") != "avalanche.core"
+
+
+def _silent_evaluator() -> EvaluationPlugin:
+    """An evaluator without metrics or loggers, and without the warning that it has none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return EvaluationPlugin()
 
 
 def member_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import struct
 import time
@@ -126,7 +127,7 @@ def _write(path: Path, plan: Plan, fingerprint: str, name: str) -> None:
     _remove_stale(path)
     if plan.images_bytes > shutil.disk_usage(path.parent).free:
         raise OSError(errno.ENOSPC, f"{plan.images_bytes / 1e9:.1f} GB do not fit on the disk")
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "wb") as file:
             _write_content(file, plan, fingerprint, name)

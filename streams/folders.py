@@ -65,6 +65,15 @@ def _class_names(folder: Path) -> list[str]:
 
 def list_class_folders(folder: Path, limit: int | None = None) -> list[ImageFile]:
     """All images under ``folder``/<class>/, class by class, names in order; at most ``limit`` per class."""
+    try:
+        return _list_classes(folder, limit)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename} cannot be read ({error.strerror}); restore it or its permissions"
+        ) from None
+
+
+def _list_classes(folder: Path, limit: int | None) -> list[ImageFile]:
     if not has_class_folders(folder):
         raise InputError(f"{folder} holds no class folders; expected {folder}/<class>/*.png or .jpg")
     files: list[ImageFile] = []

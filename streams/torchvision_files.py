@@ -96,8 +96,8 @@ def _download(files: FileSet, root: Path, otherwise: str) -> None:
 
 def _remove_empty(folders: list[Path]) -> None:
     """Remove the folders that a failed download made, the innermost first."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
+    for folder in folders:
+        with contextlib.suppress(OSError):
             folder.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""Every column of the four tables: its order, its unit and what it means. The one place where this is written."""
+"""Every column of the four tables: its order, its unit and what it means."""
 
 from __future__ import annotations
 

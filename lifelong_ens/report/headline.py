@@ -1,9 +1,10 @@
-"""The table that answers "which strategy, at what cost?": numbers as people read them, mean ± std over seeds."""
+"""The table to print: numbers as people read them, mean ± std over seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -12,9 +13,10 @@ _UNKNOWN = "–"
 
 
 def headline(runs: pd.DataFrame, labels: Mapping[tuple[str, str], str]) -> pd.DataFrame:
-    """One row of strings per strategy; where ``labels`` has several streams, the first index level is the stream."""
+    """One row of strings per strategy; with several ``labels`` the first level of the index is the stream."""
     rows, index = [], []
-    for (stream, setting, strategy), group in runs.groupby(["stream", "setting", "strategy"], sort=False):
+    groups: Any = runs.groupby(["stream", "setting", "strategy"], sort=False)
+    for (stream, setting, strategy), group in groups:
         index.append((labels[stream, setting], strategy))
         rows.append(_row(group))
     table = pd.DataFrame(rows, index=pd.MultiIndex.from_tuples(index, names=["stream", "strategy"]))
@@ -72,7 +74,7 @@ def duration(seconds: Sequence[float]) -> str:
 
 
 def with_ratio(text: str, ratios: Sequence[float]) -> str:
-    """``text`` with the mean ratio to the vanilla network, ``1.16 M (1.05x)``; without where there is none."""
+    """``text`` with the mean ratio to the vanilla network, if there is one: ``1.16 M (1.05x)``."""
     mean, _ = mean_and_std(ratios)
     return text if math.isnan(mean) else f"{text} ({mean:.{max(2, _decimals(mean))}f}x)"
 

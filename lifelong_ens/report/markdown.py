@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
 _NOTES = """\
 * mean ± standard deviation over seeds; no ± where all seeds gave the same number or there was one seed.
-* **accuracy**: mean over all tasks after the last one. **forgetting**: mean over past tasks of the best earlier
-  accuracy minus the final one; a bare 0 is exactly zero for every seed, negative means that past tasks got better.
-* **parameters** and **on disk**: all that is stored after the last task. **forward FLOPs/image**: the path of the
-  task trained last. **training FLOPs**, **training time**: of the whole stream. 1 multiply-add is 2 FLOPs.
-* **(1.10x)**: the ratio to the vanilla network, `finetune`, of the same stream, setting and seed; without one there
-  is no ratio.
-* **–**: not defined or not measured: forgetting of a single task or of `joint`, which trains all tasks at once.
+* **accuracy**: mean over all tasks after the last one.
+* **forgetting**: mean over past tasks of the best earlier accuracy minus the final one. A bare 0 is exactly
+  zero for every seed; a negative number says that past tasks got better.
+* **parameters**, **on disk**: all that is stored after the last task.
+* **forward FLOPs/image**: the path of the task trained last; 1 multiply-add is 2 FLOPs.
+* **training FLOPs**, **training time**: of the whole stream.
+* **(1.10x)**: the ratio to the vanilla network, `finetune`, of the same stream, setting and seed, if it ran.
+* **–**: not defined or not measured, as the forgetting of one task or of `joint`, which trains all at once.
 """
 
 
@@ -39,11 +41,11 @@ def _tables(headline: pd.DataFrame) -> str:
 
 
 def _provenance(runs: pd.DataFrame) -> pd.DataFrame:
-    """Where the runs ran: one row for each different stream, setting, network, device, commit and versions."""
+    """Where the runs ran: one row for each different setting, device, commit and set of versions."""
     versions = [name for name in runs.columns if name.startswith("version_")]
     keys = ["stream", "setting", "num_tasks", "network", "device", "commit", *versions]
-    known = runs.assign(**{key: runs[key].astype(object).where(runs[key].notna(), "–") for key in keys})
-    places = known.groupby(keys, sort=False).size().rename("runs").reset_index()
+    known = runs[keys].astype(object).where(runs[keys].notna(), "–")
+    places: Any = known.assign(runs=1).groupby(keys, sort=False, as_index=False)["runs"].sum()
     return places.rename(columns={name: name.removeprefix("version_") for name in versions})
 
 
@@ -51,10 +53,8 @@ def _columns(columns: pd.DataFrame) -> str:
     """The documented columns, one list per table."""
     lists = []
     for table, group in columns.groupby("table", sort=False):
-        items = [
-            f"* `{row.name}`{f' ({row.unit})' if row.unit else ''}: {row.meaning}"
-            for row in group.itertuples(index=False, name="Row")
-        ]
+        rows = zip(group["name"], group["unit"], group["meaning"], strict=True)
+        items = [f"* `{name}`{f' ({unit})' if unit else ''}: {meaning}" for name, unit, meaning in rows]
         lists.append(f"### {table}.csv\n\n" + "\n".join(items))
     return "\n\n".join(lists)
 

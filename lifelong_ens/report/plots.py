@@ -10,27 +10,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lifelong_ens.report.labelling import place_labels
+from lifelong_ens.report.labelling import place_labels, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's palette for all kinds of colour vision, without its yellow, which is too light for lines on white
+# Okabe & Ito's palette for all kinds of colour vision, without its yellow, too light for lines on white
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8")
+_LINES = ("-", (0, (4, 1.5)), (0, (1, 1)))
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _DPI = 140
+_WIDTH = 10.0
 _GREY = "#767676"
 _UNMEASURED = "#E4E4E4"
 
+_KEYS = ["stream", "setting", "strategy"]
 _Labels = Mapping[tuple[str, str], str]
 _Styles = Mapping[str, Mapping[str, Any]]
+# what a pandas method returns is typed as a union of every scalar and container; Any keeps the rest checked
+_Pandas = Any
 
 
 def draw_all(
     runs: pd.DataFrame, accuracy: pd.DataFrame, tasks: pd.DataFrame, labels: _Labels
 ) -> dict[str, bytes]:
-    """Every plot under its file name."""
+    """Every plot under its file name; ``labels`` names each (stream, setting), one panel for each."""
     return {
         "accuracy_over_tasks.png": accuracy_over_tasks(tasks, runs, labels),
         "forgetting_matrix.png": forgetting_matrix(accuracy, runs, labels),
@@ -38,121 +43,114 @@ def draw_all(
     }
 
 
-def accuracy_over_tasks(tasks: pd.DataFrame, runs: pd.DataFrame, labels: _Labels) -> bytes:
+def accuracy_over_tasks(tasks: _Pandas, runs: _Pandas, labels: _Labels) -> bytes:
     """The average accuracy over the tasks seen so far, after each task: mean over seeds, band of one std."""
     styles = _styles(runs)
-    figure, panels, legend = _panels(labels, width=10.0, height=5.2)
-    for (stream, setting), axes in zip(labels, panels, strict=True):
-        group = tasks[(tasks["stream"] == stream) & (tasks["setting"] == setting)]
-        for strategy, own in group.groupby("strategy", sort=False):
-            _draw_curve(axes, own, styles[str(strategy)])
-        num_tasks = int(
-            runs.loc[(runs["stream"] == stream) & (runs["setting"] == setting), "num_tasks"].iloc[0]
-        )
+    figure, panels = _panels(labels, height=max(5.2, 0.4 * len(styles) / len(labels)))
+    for key, axes in zip(labels, panels, strict=True):
+        for strategy, curve in _of(tasks, key).groupby("strategy", sort=False):
+            _draw_curve(axes, curve, styles[strategy])
+        num_tasks = int(_of(runs, key)["num_tasks"].iloc[0])
         _decorate(axes, "tasks learned", "average accuracy over tasks seen, %")
-        axes.set_xlim(0.8, num_tasks + 0.2 + 0.02 * num_tasks)
+        axes.set_xlim(1 - 0.05 * num_tasks, 1.05 * num_tasks)
         axes.set_xticks(_task_ticks(num_tasks))
     final = runs.groupby("strategy", sort=False)["average_accuracy"].mean()
-    _legend(legend, list(final.sort_values(ascending=False, kind="stable").index), styles)
+    _draw_legend(figure, list(final.sort_values(ascending=False, kind="stable").index), styles)
     return _png(figure)
 
 
-def forgetting_matrix(accuracy: pd.DataFrame, runs: pd.DataFrame, labels: _Labels) -> bytes:
-    """One heat map of the accuracy matrix per strategy, mean over seeds; rows are tasks trained, columns evaluated."""
+def forgetting_matrix(accuracy: _Pandas, runs: _Pandas, labels: _Labels) -> bytes:
+    """One heat map of the accuracy matrix per strategy, mean over seeds; rows trained, columns evaluated."""
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
-    groups = list(runs.groupby(["stream", "setting", "strategy"], sort=False))
-    num_columns = min(len(groups), 4 if len(groups) != 3 else 3)
-    num_rows = math.ceil(len(groups) / num_columns)
-    size = 9.6 / max(num_columns, 2)
-    figure = Figure(
-        figsize=(10.0 if num_columns > 1 else 6.4, num_rows * (size + 0.35) + 0.7), layout="constrained"
-    )
-    grid = figure.subplots(num_rows, num_columns, squeeze=False)
-    cells = accuracy.groupby(["stream", "setting", "strategy", "trained_task", "eval_task"])[
-        "accuracy"
-    ].mean()
-    norm = Normalize(math.floor(1000 * min(cells.min(), 0.999)) / 10, 100)
-    image = None
-    for axes, (key, group) in zip(grid.flat, groups, strict=False):
-        matrix = _matrix(cells, key, int(group["num_tasks"].iloc[0]))
-        image = _draw_matrix(
-            axes, matrix, norm, annotate=len(matrix) <= 6 or (len(matrix) <= 10 and num_columns < 3)
-        )
+    cells = 100 * accuracy.groupby([*_KEYS, "trained_task", "eval_task"])["accuracy"].mean()
+    lowest = min((math.floor(cell) for cell in cells), default=0)
+    norm = Normalize(min(lowest, 99), 100)
+    groups = list(runs.groupby(_KEYS, sort=False)["num_tasks"].first().items())
+    num_columns = min(len(groups), 4)
+    figure, grid = _matrix_grid(len(groups), num_columns)
+    image: Any = None
+    for axes, (key, num_tasks) in zip(grid.flat, groups, strict=False):
+        matrix = np.full((int(num_tasks), int(num_tasks)), np.nan)
+        own = cells[cells.index.droplevel([3, 4]) == key]
+        for (*_, trained, evaluated), value in own.items():
+            matrix[trained, evaluated] = value
+        image = _draw_matrix(axes, matrix, norm, annotate=len(matrix) * num_columns <= 24)
         stream, setting, strategy = key
-        axes.set_title(
-            _wrapped(strategy if len(labels) == 1 else f"{labels[stream, setting]}: {strategy}", 30)
-        )
-    for i, axes in enumerate(grid.flat):
-        axes.set_visible(i < len(groups))
-        if i % num_columns == 0:
-            axes.set_ylabel("after training task")
-        if i + num_columns >= len(groups):
-            axes.set_xlabel("accuracy on task")
-    if image is not None:
-        bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.015, aspect=30)
-        bar.set_label("accuracy, % (grey: not measured)")
-        bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
+        lines = [strategy] if len(labels) == 1 else [labels[stream, setting], strategy]
+        axes.set_title("\n".join(wrapped(line, 88 // max(num_columns, 2)) for line in lines), fontsize=11)
+    bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.015, aspect=30)
+    bar.set_label("accuracy, % (grey: not measured)")
+    bar.ax.spines[:].set_visible(False)
     return _png(figure)
 
 
-def accuracy_against_memory(runs: pd.DataFrame, labels: _Labels) -> bytes:
+def accuracy_against_memory(runs: _Pandas, labels: _Labels) -> bytes:
     """Average accuracy against the memory of the stored model: mean over seeds, bars of one std."""
     styles = _styles(runs)
     relative = bool(runs["ratio_bytes"].notna().all())
-    x = runs["ratio_bytes"] if relative else runs["bytes"]
-    figure, panels, _ = _panels(labels, width=10.0, height=5.8, legend=False)
-    for (stream, setting), axes in zip(labels, panels, strict=True):
-        chosen = (runs["stream"] == stream) & (runs["setting"] == setting)
-        points = pd.DataFrame({"strategy": runs["strategy"], "x": x, "y": 100 * runs["average_accuracy"]})[
-            chosen
-        ].dropna()
-        middle, spread = (getattr(points.groupby("strategy", sort=False), name)() for name in ("mean", "std"))
-        for strategy, (at_x, at_y) in middle.iterrows():
-            style, error = styles[str(strategy)], spread.loc[strategy].fillna(0.0)
-            axes.errorbar(
-                at_x, at_y, yerr=error["y"] or None, xerr=error["x"] or None, color=style["color"], marker=style["marker"],
-                markersize=8, markeredgecolor="white", elinewidth=1.4, capsize=3, linestyle="none", zorder=3,
-            )  # fmt: skip
-        unit = (
-            "memory of the stored model, ratio to the vanilla network"
-            if relative
-            else "memory of the stored model, bytes"
-        )
-        _decorate(axes, unit, "average accuracy after the last task, %")
-        _scale_memory(axes, middle["x"], relative)
-        axes.margins(x=0.12, y=0.12)
-        place_labels(axes, middle[["x", "y"]].to_numpy(), [_wrapped(str(name), 28) for name in middle.index],
-                     [styles[str(name)]["color"] for name in middle.index], spread["y"].fillna(0.0).to_numpy())  # fmt: skip
+    points = runs.assign(x=runs["ratio_bytes" if relative else "bytes"], y=100 * runs["average_accuracy"])
+    figure, panels = _panels(labels, height=5.8)
+    unit = "ratio to the vanilla network" if relative else "bytes"
+    for key, axes in zip(labels, panels, strict=True):
+        groups = _of(points, key).dropna(subset=["x", "y"]).groupby("strategy", sort=False)[["x", "y"]]
+        middle, spread = groups.mean(), groups.std().fillna(0.0)
+        for strategy, (x, y) in middle.iterrows():
+            style, (x_error, y_error) = styles[strategy], spread.loc[strategy]
+            bars = {"xerr": x_error or None, "yerr": y_error or None, "elinewidth": 1.4, "capsize": 3}
+            axes.errorbar(x, y, fmt="none", color=style["color"], zorder=2, **bars)
+            axes.plot(x, y, marker=style["marker"], color=style["color"], markersize=9, zorder=3)
+        _decorate(axes, f"memory of the stored model, {unit}", "average accuracy after the last task, %")
+        if len(middle):
+            _scale_memory(axes, middle["x"].to_numpy(), relative)
+            colours = [styles[name]["color"] for name in middle.index]
+            place_labels(axes, middle.to_numpy(), spread["y"].to_numpy(), list(middle.index), colours)
     return _png(figure)
 
 
-def _draw_curve(axes: Axes, tasks: pd.DataFrame, style: Mapping[str, Any]) -> None:
-    curves = tasks.groupby("trained_task")["average_accuracy"]
-    mean, std = (100 * curves.mean()).dropna(), 100 * curves.std()
+def _of(table: _Pandas, key: tuple[str, str]) -> _Pandas:
+    """The rows of one (stream, setting)."""
+    return table[(table["stream"] == key[0]) & (table["setting"] == key[1])]
+
+
+def _draw_curve(axes: Axes, tasks: _Pandas, style: Mapping[str, Any]) -> None:
+    curves = 100 * tasks.set_index("trained_task")["average_accuracy"].dropna()
+    by_task = curves.groupby(level=0)
+    mean, std = by_task.mean(), by_task.std()
     x = mean.index.to_numpy() + 1
-    if len(x) == 1 and x[0] > 1:
+    if len(x) == 1 and x[0] > 1:  # joint training has only this end point: a line to hold the others against
         axes.axhline(mean.iloc[0], color=style["color"], linewidth=1, linestyle=":", zorder=1)
     axes.plot(x, mean, **style, linewidth=2, markersize=6, markeredgecolor="white", zorder=3)
-    band = std.reindex(mean.index)
     if len(x) > 1:
-        axes.fill_between(
-            x, mean - band, mean + band, color=style["color"], alpha=0.15, linewidth=0, zorder=2
-        )
-    elif band.notna().all():
-        axes.errorbar(x, mean, yerr=band, color=style["color"], capsize=3, zorder=2)
+        axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0, zorder=2)
+    elif std.notna().all():
+        axes.errorbar(x, mean, yerr=std, fmt="none", color=style["color"], capsize=3, zorder=2)
+
+
+def _matrix_grid(num_panels: int, num_columns: int) -> tuple[Figure, np.ndarray]:
+    """A grid of square panels with room for a colour bar; names only at the outer left and bottom axes."""
+    num_rows = math.ceil(num_panels / num_columns)
+    side = min((_WIDTH - 1.2) / num_columns - 0.4, 4.6)
+    figure = _figure((side + 0.4) * num_columns + 1.2, (side + 0.6) * num_rows + 0.3)
+    grid: np.ndarray = figure.subplots(num_rows, num_columns, squeeze=False)
+    for i, axes in enumerate(grid.flat):
+        axes.set_visible(i < num_panels)
+        if i % num_columns == 0:
+            axes.set_ylabel("after training task")
+        if i + num_columns >= num_panels:
+            axes.set_xlabel("accuracy on task")
+    return figure, grid
 
 
 def _draw_matrix(axes: Axes, matrix: np.ndarray, norm: Any, annotate: bool) -> Any:
-    """One heat map of percentages; light text on dark cells."""
+    """One heat map of percentages ``(T, T)``; dark text on light cells."""
     from matplotlib import colormaps
 
     palette = colormaps["viridis"].with_extremes(bad=_UNMEASURED)
     image = axes.imshow(np.ma.masked_invalid(matrix), cmap=palette, norm=norm, interpolation="nearest")
-    ticks = [tick - 1 for tick in _task_ticks(len(matrix))]
+    ticks = _task_ticks(len(matrix))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks(ticks, labels=[str(tick + 1) for tick in ticks])
+        axis.set_ticks([tick - 1 for tick in ticks], labels=[str(tick) for tick in ticks], fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     if annotate:
@@ -163,56 +161,37 @@ def _draw_matrix(axes: Axes, matrix: np.ndarray, norm: Any, annotate: bool) -> A
     return image
 
 
-def _matrix(cells: pd.Series, key: tuple[Any, ...], num_tasks: int) -> np.ndarray:
-    """The mean accuracy matrix of one strategy in percent, ``(T, T)``, NaN where nothing was measured."""
-    matrix = np.full((num_tasks, num_tasks), np.nan)
-    if key in cells.index.droplevel(["trained_task", "eval_task"]):
-        for (row, column), value in cells.loc[key].items():  # pyright: ignore[reportGeneralTypeIssues]
-            matrix[row, column] = 100 * value
-    return matrix
+def _panels(labels: _Labels, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with one titled panel per stream and setting."""
+    figure = _figure(_WIDTH, height * len(labels))
+    panels: list[Axes] = list(figure.subplots(len(labels), squeeze=False)[:, 0])
+    for axes, label in zip(panels, labels.values(), strict=True):
+        axes.set_title(label)
+    return figure, panels
 
 
-def _panels(
-    labels: _Labels, width: float, height: float, legend: bool = True
-) -> tuple[Figure, list[Axes], Axes | None]:
-    """A figure with one panel per stream and setting, titled, and room at the right for the legend."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height * len(labels)), layout="constrained")
-    ratios = [4.0, 1.0] if legend else [1.0]
-    grid = figure.subplots(len(labels), len(ratios), squeeze=False, width_ratios=ratios)
-    for row, label in zip(grid, labels.values(), strict=True):
-        row[0].set_title(label)
-        for axes in row[1:]:
-            axes.axis("off")
-    return figure, list(grid[:, 0]), grid[0, 1] if legend else None
-
-
-def _legend(axes: Axes | None, strategies: Sequence[str], styles: _Styles) -> None:
+def _draw_legend(figure: Figure, strategies: Sequence[str], styles: _Styles) -> None:
     from matplotlib.lines import Line2D
 
-    if axes is not None:
-        handles = [
-            Line2D([], [], **styles[name], linewidth=2, markeredgecolor="white") for name in strategies
-        ]
-        names = [_wrapped(name, 26) for name in strategies]
-        axes.legend(handles, names, loc="upper left", borderaxespad=0, frameon=False, labelspacing=0.7)
+    handles = [Line2D([], [], **styles[name], linewidth=2, markeredgecolor="white") for name in strategies]
+    names = [wrapped(name, 24) for name in strategies]
+    figure.legend(handles, names, loc="outside right upper", frameon=False, labelspacing=0.7)
 
 
 def _styles(runs: pd.DataFrame) -> _Styles:
-    """A colour, a marker and a line per strategy, the same in every plot."""
-    names = list(dict.fromkeys(runs["strategy"]))
-    return {
-        name: {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "marker": _MARKERS[i % len(_MARKERS)],
-            "linestyle": ("-", (0, (4, 1.5)), (0, (1, 1)))[i // len(_COLOURS) % 3],
+    """A colour, a marker and a line per strategy, the same in every plot; no two alike up to 21."""
+    styles = {}
+    for i, name in enumerate(dict.fromkeys(runs["strategy"])):
+        turn, colour = divmod(i, len(_COLOURS))
+        styles[name] = {
+            "color": _COLOURS[colour],
+            "marker": _MARKERS[(i + turn) % len(_MARKERS)],
+            "linestyle": _LINES[turn % len(_LINES)],
         }
-        for i, name in enumerate(names)
-    }
+    return styles
 
 
-def _scale_memory(axes: Axes, values: pd.Series, relative: bool) -> None:
+def _scale_memory(axes: Axes, values: np.ndarray, relative: bool) -> None:
     """A log scale where the values span more than a factor of four, and ticks that people can read."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -220,11 +199,10 @@ def _scale_memory(axes: Axes, values: pd.Series, relative: bool) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:g}x" if relative else _bytes(value))
-    )
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x" if relative else _bytes(x)))
     if relative:
         axes.axvline(1, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+    axes.margins(x=0.12, y=0.12)
 
 
 def _bytes(value: float) -> str:
@@ -245,20 +223,20 @@ def _decorate(axes: Axes, x: str, y: str) -> None:
 
 def _task_ticks(num_tasks: int) -> list[int]:
     """At most about ten task numbers, counted from 1."""
-    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, num_tasks) if num_tasks / step <= 10)
-    return list(range(1, num_tasks + 1)) if step == 1 else [1, *range(step, num_tasks + 1, step)]
+    step = next(step for step in (1, 5, 10, 20, 50, 100, num_tasks) if num_tasks <= 10 * step)
+    return sorted({1, *range(step, num_tasks + 1, step)})
 
 
-def _wrapped(text: str, width: int) -> str:
-    import textwrap
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
 
-    return "\n".join(textwrap.wrap(text, width, break_long_words=True)) or text
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
 
 
 def _png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    buffer = io.BytesIO()
     FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
     return buffer.getvalue()

@@ -47,7 +47,8 @@ def check_record(record: Any, source: str) -> None:
     """Check that ``record`` is one of ours and complete; ``source`` names it in the message.
 
     Raises:
-        DamagedFileError: if it is of a newer schema, or anything that the report reads is missing or ill-formed.
+        DamagedFileError: if it is of a newer schema, or anything that the report reads is missing or
+        ill-formed.
     """
     if not isinstance(record, Mapping) or not isinstance(record.get("schema"), int):
         raise DamagedFileError(f"{source} is not a record of a run (it states no schema); move it away")
@@ -72,7 +73,8 @@ def load_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records in ``out/records/*.json``; damaged ones are left out, with a warning that names each.
 
     Raises:
-        InputError: if there is no record, or none that can be read; the first one's trouble is in the message.
+        InputError: if there is no record, or none that can be read; the first one's trouble is in the
+        message.
     """
     folder = Path(out) / "records"
     records: list[dict[str, Any]] = []
@@ -94,7 +96,7 @@ def load_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def newest_of_each_run(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records with one per run: of two of the same run (setting, strategy with options, seed) the later."""
+    """One record per run (stream, setting, strategy with its options, seed): of several the latest."""
     runs: dict[tuple[str, ...], Mapping[str, Any]] = {}
     for record in records:
         run = (

@@ -63,8 +63,8 @@ class Report:
     def summary(self) -> pd.DataFrame:
         """Mean and std over seeds: index (stream, strategy), columns (metric, mean | std).
 
-        The std is that of a sample (n - 1), NaN for one seed. A metric that is undefined for one of the seeds is
-        NaN. A stream that ran in several settings has one row for each, named by what tells them apart.
+        The std is that of a sample (n - 1), NaN for one seed. A metric that is undefined for one of the seeds
+        is NaN. A stream that ran in several settings has one row for each, named by what tells them apart.
         """
         numbers = [column.name for column in columns.RUNS if column.unit and column.name != "num_tasks"]
         streams = pd.Series(
@@ -72,7 +72,7 @@ class Report:
             index=self.runs.index,
             name="stream",
         )
-        groups = self.runs.groupby([streams, self.runs["strategy"]], sort=False)[numbers]
+        groups: Any = self.runs.groupby([streams, self.runs["strategy"]], sort=False)[numbers]
         size = groups.size()
         complete = groups.count().eq(size, axis=0)
         both = {"mean": groups.mean().where(complete), "std": groups.std().where(complete)}

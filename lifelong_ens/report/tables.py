@@ -57,7 +57,7 @@ def build_tables(records: Iterable[_Record]) -> Tables:
 
 
 def strategy_labels(records: Sequence[_Record]) -> list[str]:
-    """One label per record: the strategy's name, with what tells it apart where a name ran with several options."""
+    """One label per record: the strategy's name, with its options where one name ran with several."""
     variants: dict[tuple[str, str, str], list[_Record]] = {}
     for record in records:
         name = record["strategy"]["name"]
@@ -71,7 +71,7 @@ def strategy_labels(records: Sequence[_Record]) -> list[str]:
 
 
 def distinguish(options: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What tells each set of options from the others, as ``init=previous, members=2``; empty where all are equal."""
+    """What tells each set of options from the others, ``init=previous, members=2``; empty for equal ones."""
     flattened = [flat(one) for one in options]
     names = sorted({name for one in flattened for name in one})
     differing = [name for name in names if len({repr(one.get(name)) for one in flattened}) > 1]
@@ -79,7 +79,7 @@ def distinguish(options: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def stream_labels(records: Iterable[_Record]) -> dict[tuple[str, str], str]:
-    """A label for each (stream, setting): the stream's name, with what tells its settings apart if it has several."""
+    """A label for each (stream, setting): the stream's name, with its options where it ran in several."""
     settings: dict[str, dict[str, _Record]] = {}
     for record in records:
         settings.setdefault(record["stream"]["name"], {}).setdefault(record["setting"], record)
@@ -178,7 +178,7 @@ def _table(rows: list[dict[str, Any]], documented: tuple[columns.Column, ...]) -
 
 
 def _add_ratios(runs: pd.DataFrame, vanilla: Sequence[int | None]) -> None:
-    """Fill the ``ratio_*`` columns; ``vanilla`` has the row of the vanilla run of each row, None where none is."""
+    """Fill the ``ratio_*`` columns; ``vanilla`` has for each row that of its vanilla run, or None."""
     for cost in (*columns.COSTS, "disk_bytes"):
         values = runs[cost].to_numpy(dtype=np.float64)
         reference = np.array([np.nan if row is None else values[row] for row in vanilla], dtype=np.float64)

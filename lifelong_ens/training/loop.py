@@ -80,10 +80,7 @@ def _factor(fit: Fit, total: int, warmup: int) -> Callable[[int], float]:
 
 
 def run_epoch(
-    batches: Iterable[Batch],
-    compute_loss: Callable[[Batch], Tensor],
-    optimisation: Optimisation,
-    on_step: Callable[[], object] | None = None,
+    batches: Iterable[Batch], compute_loss: Callable[[Batch], Tensor], optimisation: Optimisation
 ) -> float:
     """One pass over the batches, a step for each; returns the mean loss.
 
@@ -96,8 +93,6 @@ def run_epoch(
         loss = compute_loss(batch)
         optimisation.step(loss)
         losses.append(loss.detach())
-        if on_step is not None:
-            on_step()
     return mean_loss(losses)
 
 

@@ -108,6 +108,10 @@ def _no_test(root: Path) -> None:
     shutil.rmtree(root / "test")
 
 
+def _dangling_link(root: Path) -> None:
+    (root / "train" / "bee" / "9.png").symlink_to(root / "absent.png")
+
+
 def _nothing(root: Path) -> None:
     shutil.rmtree(root)
     root.mkdir()
@@ -122,6 +126,7 @@ def _nothing(root: Path) -> None:
         (_only_in_test, "class fox in the test images but not in the training images"),
         (_only_in_train, "class cat without any test image"),
         (_no_test, "has train/ but no test/ or val/"),
+        (_dangling_link, "train/bee/9.png cannot be read (No such file"),
         (_nothing, "is empty; expected train/<class>"),
         (shutil.rmtree, "is not a readable folder"),
     ],

@@ -1,0 +1,175 @@
+"""The command line: ``lifelong-ens compare | report | list | bench``.
+
+Nothing heavy is imported before it is known what is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import catalogue
+from lifelong_ens.errors import InputError, NonFiniteLossError
+
+EXAMPLES = """
+examples:
+  lifelong-ens compare --stream split_digits --strategies finetune,batch_ensemble,pnn --seeds 3 --out results/digits
+  lifelong-ens compare --stream split_cifar100 --root data --num_tasks 10 --network lenet5 --epochs 20 --out results/cifar
+  lifelong-ens compare --config experiment.yaml --strategies my_module:my_strategy
+  lifelong-ens list batch_ensemble
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 2 for input that cannot be used, 130 when interrupted."""
+    parsed, rest = _parser().parse_known_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("matplotlib", "PIL", "avalanche"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return parsed.run(parsed, rest) or 0
+    except (InputError, NonFiniteLossError) as error:
+        return _fail(str(error), parsed.debug)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}; what was finished before is kept", parsed.debug)
+    except KeyboardInterrupt:
+        print("lifelong-ens: stopped; the same command goes on after the last finished task", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        logging.getLogger(__name__).exception("the error was raised here:")
+    print(f"lifelong-ens: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lifelong-ens",
+        description="Lifelong learning and efficient ensembles, with what they cost.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    common: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+
+    compare = commands.add_parser(
+        "compare", help="run strategies over a stream and report", epilog=_compare_epilog(), **common
+    )
+    compare.add_argument("--config", type=Path, metavar="YAML", help="a file with any of these options by name")
+    compare.add_argument("--stream", help="name of the stream, or module:function (default: split_digits)")
+    compare.add_argument("--strategies", help="names or module:function, joined by commas (default: finetune,batch_ensemble)")
+    compare.add_argument("--network", help="name of the network, or module:function (default: mlp up to 28x28, then lenet5)")
+    compare.add_argument("--seeds", help="how many seeds, or a list such as 0,3,7 (default: 1)")
+    compare.add_argument("--out", type=Path, help="folder for records, tables and plots (default: results/STREAM)")
+    compare.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")
+    compare.add_argument("--force", action="store_true", default=None, help="repeat runs whose records are there")
+    _add_debug(compare)
+    compare.set_defaults(run=_compare)
+
+    report = commands.add_parser("report", help="make the tables and plots of a folder of records again", **common)
+    report.add_argument("out", type=Path, metavar="OUT", help="a folder that compare wrote")
+    _add_debug(report)
+    report.set_defaults(run=_report)
+
+    names = commands.add_parser("list", help="streams, strategies and networks; with a name, its options", **common)
+    names.add_argument("name", nargs="?", help="streams, strategies, networks, training, or one name")
+    _add_debug(names)
+    names.set_defaults(run=_list)
+
+    bench = commands.add_parser("bench", help="speed against named peers, in one interleaved run", **common)
+    bench.add_argument("name", choices=["loop"], help="loop: the training loop against Avalanche and a bare loop")
+    bench.add_argument("--repeats", type=int, default=5, help="interleaved repeats; medians are printed (default: 5)")
+    bench.add_argument("--images", type=int, default=1024, help="images per task (default: 1024)")
+    _add_debug(bench)
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _add_debug(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _compare_epilog() -> str:
+    lines = ["options of training:", *_option_lines(catalogue.FIT)]
+    lines += ["", "Options of the stream, network and strategies are given the same way, --num_tasks 10; see"]
+    lines += ["lifelong-ens list NAME. One for a single strategy is written --batch_ensemble.init gaussian."]
+    return "\n".join([*lines, EXAMPLES])
+
+
+def _option_lines(target: str) -> list[str]:
+    lines = []
+    for option in catalogue.describe(target).options:
+        default = "" if option.default in (None, "None") else f" (default: {option.default})"
+        wrapped = textwrap.wrap(f"{option.help}{default}", 76) or [""]
+        lines += [f"  --{option.name} {option.type}", *(f"      {line}" for line in wrapped if line)]
+    return lines
+
+
+def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse(rest)
+    plurals = {"streams": "stream", "strategies": "strategy", "networks": "network"}
+    name = parsed.name
+    if name == "training":
+        print("\n".join(_option_lines(catalogue.FIT)))
+        return
+    for kind, builders in catalogue.KINDS.items():
+        if name in builders:
+            entry = catalogue.describe(builders[name])
+            print("\n".join([f"{name} ({kind}): {entry.summary}", *_option_lines(builders[name])]))
+            return
+    if name is not None and name not in plurals:
+        known = [*plurals, "training", *(one for builders in catalogue.KINDS.values() for one in builders)]
+        raise InputError(f"nothing is called {name!r}; {catalogue.nearest(name, known)}")
+    for plural, kind in plurals.items():
+        if name in (None, plural):
+            print(f"{plural}:")
+            for one, target in catalogue.KINDS[kind].items():
+                print(f"  {one:20} {catalogue.describe(target).summary}")
+
+
+def _report(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse(rest)
+    from lifelong_ens.report import Report
+
+    report = Report.load(parsed.out)
+    report.write(parsed.out)
+    _show(report, parsed.out)
+
+
+def _bench(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse(rest)
+    from experiments.bench import bench_loop
+
+    print(bench_loop(parsed.repeats, parsed.images))
+
+
+def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    from experiments.plan import plan_comparison
+
+    plan = plan_comparison(vars(parsed), rest)
+    _show(plan.run(), plan.out)
+
+
+def _show(report: Any, out: Path) -> None:
+    from tabulate import tabulate
+
+    print(tabulate(report.headline(), headers="keys", tablefmt="simple"))
+    print(f"\nrecords, tables and plots: {out}")
+
+
+def _refuse(rest: Sequence[str]) -> None:
+    if rest:
+        raise InputError(f"did not expect {' '.join(rest)!r}; see --help.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

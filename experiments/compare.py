@@ -1,0 +1,193 @@
+"""Strategies over one stream, seed by seed: runs, records, tables."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from avalanche.benchmarks import CLScenario
+from avalanche.training.templates import SupervisedTemplate
+from torch import nn
+from tqdm import tqdm
+
+from experiments.run import Cell, Named, Run, check_writable, discard, finished_record
+from lifelong_ens.errors import InputError, NonFiniteLossError
+from lifelong_ens.report import Report
+from lifelong_ens.training.fit import Fit
+
+log = logging.getLogger(__name__)
+
+BuildStrategy = Callable[..., SupervisedTemplate]
+
+
+def compare(
+    stream: CLScenario | Callable[..., CLScenario],
+    strategies: Mapping[str, BuildStrategy],
+    *,
+    seeds: Iterable[int] = range(1),
+    out: str | Path | None = None,
+    device: str = "auto",
+    force: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Run every strategy over the stream with every seed and report on all.
+
+    Args:
+        stream: A benchmark with task labels, or a builder that is called with ``seed=``, such as
+            ``functools.partial(split_cifar100, root="data", num_tasks=20)``.
+        strategies: Name to builder; a builder is called with those of ``seed=`` and ``device=`` that it takes and
+            returns an Avalanche strategy. The keywords of a ``functools.partial`` go into the record.
+        seeds: One run of every strategy for each.
+        out: Folder for records, checkpoints, tables and plots; None keeps nothing. A run whose record is there is
+            not repeated, one that was interrupted goes on.
+        device: ``auto``, or a torch device.
+        force: Repeat runs whose records are there.
+        progress: Show a bar for every run.
+
+    Raises:
+        NonFiniteLossError: Some runs met a loss that is no number; raised after all others are done.
+    """
+    cells = [
+        (Cell(_named(stream), Named(name, _keywords(build)), Named("given"), {}, seed), build)
+        for seed in seeds
+        for name, build in strategies.items()
+    ]
+    make = stream if callable(stream) else lambda **_: stream
+    return run_cells(cells, make, out=out, device=device, force=force, progress=progress)
+
+
+def run_cells(
+    cells: Sequence[tuple[Cell, BuildStrategy]],
+    make_benchmark: Callable[..., CLScenario],
+    *,
+    out: str | Path | None,
+    device: str = "auto",
+    force: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Run every cell that has no record yet, one after the other; see ``compare``."""
+    if not cells:
+        raise InputError("nothing to run: name at least one strategy and one seed.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch if out is None else out)
+        check_writable(folder)
+        records, failures = [], []
+        for cell, build in cells:
+            record = None if force else finished_record(cell, folder)
+            if record is None:
+                if force:
+                    discard(cell, folder)
+                try:
+                    record = _run(cell, make_benchmark, build, folder, choose_device(device), progress)
+                except NonFiniteLossError as error:
+                    failures.append(str(error))
+                    continue
+            records.append(record)
+        if not records:
+            raise NonFiniteLossError("; ".join(failures))
+        report = Report.from_records(records)
+        if out is not None:
+            report.write(folder)
+        if failures:
+            raise NonFiniteLossError("; ".join(failures))
+        return report
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``cuda`` or ``mps`` stands for here.
+
+    Raises:
+        InputError: This machine has no such device.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name} is not a device; choose auto, cpu, cuda or mps.") from error
+    if not available.get(device.type, False):
+        raise InputError(f"--device {name}: this machine has none; use --device auto.")
+    return device
+
+
+def _run(
+    cell: Cell,
+    make_benchmark: Callable[..., CLScenario],
+    build: BuildStrategy,
+    folder: Path,
+    device: torch.device,
+    progress: bool,
+) -> dict[str, Any]:
+    benchmark = make_benchmark(**_taken(make_benchmark, {"seed": cell.seed}))
+    offered = {"device": device, "benchmark": benchmark}
+
+    def build_here(seed: int) -> SupervisedTemplate:
+        return build(**_taken(build, {**offered, "seed": seed}))
+
+    with tqdm(desc=cell.label(), unit="step", disable=None if progress else True, leave=False) as bar:
+        run = Run(cell, benchmark, build_here, folder, on_step=bar.update)
+        bar.total = _steps(run)
+        record = run.execute()
+    if progress:
+        _say(record, cell)
+    return record
+
+
+def _steps(run: Run) -> int:
+    """Training steps of a whole run, for the progress bar."""
+    strategy = run.strategy
+    per_epoch = sum(-(-len(one.dataset) // strategy.train_mb_size) for one in run.experiences)  # pyright: ignore
+    return per_epoch * strategy.train_epochs
+
+
+def _say(record: Mapping[str, Any], cell: Cell) -> None:
+    last = [value for value in record["accuracy"][-1] if value is not None]
+    seconds = record["tasks"][-1]["seconds_training"]
+    accuracy = 100 * sum(last) / max(len(last), 1)
+    log.info("%s: %.1f %% average accuracy, trained in %.1f s", cell.label(), accuracy, seconds)
+
+
+def _taken(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keywords that a function takes and that a partial has not set already."""
+    parameters, already = inspect.signature(function).parameters, _keywords(function)
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return {
+        name: value for name, value in offered.items() if (takes_all or name in parameters) and name not in already
+    }
+
+
+def _keywords(function: Any) -> dict[str, Any]:
+    return dict(function.keywords) if isinstance(function, functools.partial) else {}
+
+
+def _named(stream: Any) -> Named:
+    if isinstance(stream, functools.partial):
+        return Named(stream.func.__name__, {key: value for key, value in stream.keywords.items() if key != "seed"})
+    if callable(stream):
+        return Named(getattr(stream, "__name__", type(stream).__name__))
+    return Named(getattr(stream, "name", type(stream).__name__))
+
+
+def strategy_builder(
+    builder: BuildStrategy, network: Callable[..., nn.Module], network_options: Mapping[str, Any], fit: Fit, **options: Any
+) -> BuildStrategy:
+    """A strategy's builder joined with its network, ready for ``run_cells``: the network fits the benchmark's images."""
+
+    def build(*, benchmark: Any, seed: int, device: torch.device) -> SupervisedTemplate:
+        shape = getattr(benchmark, "image_shape", None) or tuple(benchmark.streams["train"][0].dataset[0][0].shape)
+        body = network(**_taken(network, {"input_shape": shape}), **network_options)
+        try:
+            with torch.no_grad():
+                body.eval()(torch.zeros(1, *shape))
+        except RuntimeError as error:
+            raise InputError(f"the network does not fit images of {'x'.join(map(str, shape))}: {error}") from error
+        return builder(body.train(), **_taken(builder, {"fit": fit, "seed": seed, "device": device}), **options)
+
+    return build

@@ -1,0 +1,127 @@
+"""Options of the chosen stream, network, strategies and training, from the command line and a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jsonargparse
+
+from experiments.catalogue import FILLED
+from lifelong_ens.errors import InputError, nearest
+from lifelong_ens.training.fit import Fit
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Something with options: its name on the command line and what it is called with."""
+
+    name: str
+    function: Callable[..., Any]
+    # a stream's seed is the run's own unless it is given by its full name
+    only_dotted: frozenset[str] = frozenset()
+
+    def types(self) -> dict[str, Any]:
+        """The type of every argument that a user can set."""
+        hints, names = _hints(self.function), inspect.signature(self.function).parameters
+        return {name: hints.get(name, Any) for name in names if name not in FILLED or name in self.only_dotted}
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's arguments; its return type may be known to type checkers only."""
+    if inspect.isclass(function):
+        return typing.get_type_hints(function)
+    arguments = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    holder = types.SimpleNamespace(__annotations__=arguments)
+    return typing.get_type_hints(holder, globalns=getattr(function, "__globals__", {}))
+
+
+def read_options(
+    owners: Sequence[Owner], arguments: Sequence[str], config: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What was set for every owner.
+
+    An option under its own name goes to every owner that takes it; ``owner.option`` goes to that one and wins. The
+    command line wins over the YAML file.
+
+    Args:
+        owners: Stream, network, strategies, training.
+        arguments: What is left of the command line: ``--name value`` or ``--owner.name=value``.
+        config: What is left of the YAML file; an owner's own options may be nested under its name.
+
+    Raises:
+        InputError: An option that nobody takes, with the nearest names; a value of the wrong type.
+    """
+    kinds: dict[str, Any] = {}
+    for owner in owners:
+        for name, kind in owner.types().items():
+            kinds.setdefault(f"{owner.name}.{name}", kind)
+            if name not in owner.only_dotted:
+                kinds.setdefault(name, kind)
+    given = {**_flatten(config), **_pairs(arguments)}
+    for name in given:
+        if name not in kinds:
+            raise InputError(f"unknown option --{name}; {nearest(name, kinds)}")
+    values = {name: _typed(name, value, kinds[name]) for name, value in given.items()}
+    return {owner.name: _of_owner(owner, values) for owner in owners}
+
+
+def _of_owner(owner: Owner, values: Mapping[str, Any]) -> dict[str, Any]:
+    taken = owner.types()
+    plain = {name: value for name, value in values.items() if name in taken and name not in owner.only_dotted}
+    prefix = f"{owner.name}."
+    dotted = {name[len(prefix) :]: value for name, value in values.items() if name.startswith(prefix)}
+    return plain | dotted
+
+
+def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
+    """``--name value``, ``--name=value`` and a bare ``--name`` (true) as a dictionary of texts."""
+    pairs: dict[str, Any] = {}
+    position = 0
+    while position < len(arguments):
+        token = arguments[position]
+        position += 1
+        if not token.startswith("--"):
+            raise InputError(f"did not expect {token!r}; options are written --name value.")
+        name, equals, value = token[2:].partition("=")
+        if not equals:
+            is_value = position < len(arguments) and not arguments[position].startswith("--")
+            value = arguments[position] if is_value else "true"
+            position += is_value
+        pairs[name.replace("-", "_")] = value
+    return pairs
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value checked and converted by the type that its function asks for."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        parsed = parser.parse_args([f"--value={value}"]) if isinstance(value, str) else parser.parse_object({"value": value})
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise InputError(f"--{name} {value}: expected {_readable(kind)}.") from error
+    return parsed.value
+
+
+def _readable(kind: Any) -> str:
+    """A type in words: the choices of a literal, else its name."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "").replace("collections.abc.", "")
+
+
+def make_fit(options: Mapping[str, Any]) -> Fit:
+    """The training that the options ask for."""
+    return dataclasses.replace(Fit(), **options)
