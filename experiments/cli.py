@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--config", type=Path, metavar="YAML", help="a file with any of these options by name")
     compare.add_argument("--stream", help="name of the stream, or module:function (default: split_digits)")
     compare.add_argument("--strategies", help="names or module:function, joined by commas (default: finetune,batch_ensemble)")
-    compare.add_argument("--network", help="name of the network, or module:function (default: mlp up to 28x28, then lenet5)")
+    compare.add_argument("--network", help="name of the network, or module:function (default: mlp for digits and MNIST kinds, else lenet5)")
     compare.add_argument("--seeds", help="how many seeds, or a list such as 0,3,7 (default: 1)")
     compare.add_argument("--out", type=Path, help="folder for records, tables and plots (default: results/STREAM)")
     compare.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")

@@ -17,9 +17,11 @@ from torch import nn
 from tqdm import tqdm
 
 from experiments.run import Cell, Named, Run, check_writable, discard, finished_record
+from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.errors import InputError, NonFiniteLossError
 from lifelong_ens.report import Report
 from lifelong_ens.training.fit import Fit
+from lifelong_ens.training.loop import Optimisation
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,7 @@ def run_cells(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if out is None else out)
         check_writable(folder)
+        warm_up(choose_device(device))
         records, failures = [], []
         for cell, build in cells:
             record = None if force else finished_record(cell, folder)
@@ -115,6 +118,14 @@ def choose_device(name: str) -> torch.device:
     if not available.get(device.type, False):
         raise InputError(f"--device {name}: this machine has none; use --device auto.")
     return device
+
+
+def warm_up(device: torch.device) -> None:
+    """One step of a tiny network, so that what torch loads at its first step is not booked on the first run."""
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(4, 2)).to(device)
+    optimisation = Optimisation([{"params": list(network.parameters())}], Fit(), steps_per_epoch=1)
+    with TrainingMeter().measure(network, rows=1):
+        optimisation.step(network(torch.zeros(1, 1, 2, 2, device=device)).sum())
 
 
 def _run(

@@ -28,6 +28,8 @@ GENERAL = {
     "force": False,
 }
 FIT_OWNER = "training"
+# up to 28x28 pixels, where an MLP is the network by default
+SMALL_IMAGES = ("split_digits", "split_mnist", "permuted_mnist", "rotated_mnist", "split_fashion_mnist")
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,16 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
         InputError: Something named or given cannot be used.
     """
     config = _read_config(parsed.get("config"))
-    general = {
-        name: next(value for value in (parsed.get(name), config.pop(name, None), default) if value is not None or value is default)
-        for name, default in GENERAL.items()
-    }
+    general = {name: _first(parsed.get(name), config.pop(name, None), GENERAL[name]) for name in GENERAL}
     stream_name = str(general["stream"])
     strategy_names = _names(general["strategies"])
     stream = catalogue.load(catalogue.target_of("stream", stream_name))
     builders = {name: catalogue.load(catalogue.target_of("strategy", name)) for name in strategy_names}
-    network_name = general["network"]
-    network = catalogue.load(catalogue.target_of("network", network_name)) if network_name else default_network
+    network_name = str(general["network"] or ("mlp" if stream_name in SMALL_IMAGES else "lenet5"))
+    network = catalogue.load(catalogue.target_of("network", network_name))
     owners = [
         Owner(_short(stream_name), stream, only_dotted=frozenset({"seed"})),
-        Owner(_short(network_name or "network"), network),
+        Owner(_short(network_name), network),
         *(Owner(_short(name), builder) for name, builder in builders.items()),
         Owner(FIT_OWNER, Fit),
     ]
@@ -80,7 +79,7 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
             Cell(
                 Named(stream_name, stream_options),
                 Named(name, options[_short(name)]),
-                Named(network_name or "default", network_options),
+                Named(network_name, network_options),
                 asdict(fit),
                 seed,
             ),
@@ -94,11 +93,9 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
     return Plan(cells, make_benchmark, out, str(general["device"]), bool(general["force"]))
 
 
-def default_network(*, input_shape: tuple[int, int, int]) -> Any:
-    """A network for the images: an MLP up to 28x28, LeNet-5 for larger ones."""
-    from lifelong_ens.networks import lenet5, mlp
-
-    return (mlp if input_shape[1] * input_shape[2] <= 28 * 28 else lenet5)(input_shape=input_shape)
+def _first(*values: Any) -> Any:
+    """The first value that was given."""
+    return next((value for value in values if value is not None), None)
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:
