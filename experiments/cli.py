@@ -89,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", choices=["loop"], help="loop: the training loop against Avalanche and a bare loop")
     bench.add_argument("--repeats", type=int, default=5, help="interleaved repeats; medians are printed (default: 5)")
     bench.add_argument("--images", type=int, default=1024, help="images per task (default: 1024)")
+    bench.add_argument("--epochs", type=int, help="epochs per task (default: 8 for the MLP, 4 for LeNet-5)")
+    bench.add_argument("--root", type=Path, help="folder with MNIST/raw (default: scikit-learn's digits at 28x28)")
+    bench.add_argument("--out", type=Path, help="folder for bench_loop.csv and bench_loop_ratios.csv")
     _add_debug(bench)
     bench.set_defaults(run=_bench)
     return parser
@@ -149,7 +152,7 @@ def _bench(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     _refuse(rest)
     from experiments.bench import bench_loop
 
-    print(bench_loop(parsed.repeats, parsed.images))
+    print(bench_loop(parsed.repeats, parsed.images, epochs=parsed.epochs, root=parsed.root, out=parsed.out))
 
 
 def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -162,7 +165,7 @@ def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 def _show(report: Any, out: Path) -> None:
     from tabulate import tabulate
 
-    print(tabulate(report.headline(), headers="keys", tablefmt="simple"))
+    print(tabulate(report.headline(), headers="keys", tablefmt="simple", disable_numparse=True))
     print(f"\nrecords, tables and plots: {out}")
 
 

@@ -124,7 +124,7 @@ class Run:
         self.experiences: list[CLExperience] = list(benchmark.streams["train"])
         self.tests: list[CLExperience] = list(benchmark.streams["test"])
         self.progress = Progress(len(self.experiences))
-        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
 
     @property
     def record_path(self) -> Path:
@@ -287,7 +287,7 @@ class Run:
             "commit": _commit(),
             "device": _device_name(self.strategy.device),
             "started": self.started,
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
 
 

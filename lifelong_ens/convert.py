@@ -10,7 +10,7 @@ import fnmatch
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ MEMBER_LAYERS = (Rank1Layer, Rank1MultiheadAttention, MemberBatchNorm, MemberLay
 
 @dataclass(frozen=True)
 class Conversion:
-    """What happens to one module: ``target`` is the name of its new class, or None where it stays as it is."""
+    """What happens to one module: ``target`` names its new class, or is None where it stays as it is."""
 
     name: str
     source: str
@@ -60,7 +60,7 @@ def plan_conversion(
     exclude: Sequence[Match] = (),
     norm: Norms = "per_member",
 ) -> list[Conversion]:
-    """What ``batch_ensemble`` would do, without doing it: one line for every module that has tensors of its own.
+    """What ``batch_ensemble`` would do, without doing it: one line for every module with tensors of its own.
 
     Args:
         model: Any network.
@@ -82,10 +82,11 @@ def convert(
     bias: Biases = "per_member",
     implicit_first: bool = False,
 ) -> tuple[nn.Module, Selection]:
-    """A copy of ``model`` with members, and the selection that its layers read. Arguments as in ``batch_ensemble``.
+    """A copy of ``model`` with members, and the selection its layers read; arguments: ``batch_ensemble``.
 
     Raises:
-        InputError: Nothing matched, or a matched module has no form with members; the line says which and why.
+        InputError: Nothing matched, or a matched module has no form with members; the line says which and
+            why.
     """
     plan = plan_conversion(model, include=include, exclude=exclude, norm=norm)
     if not any(entry.target for entry in plan):
@@ -120,7 +121,7 @@ def batch_ensemble(
     norm: Norms = "per_member",
     bias: Biases = "per_member",
 ) -> MemberNetwork:
-    """An ensemble of ``num_members`` that share the weights of ``model``; trained weights kept, original untouched.
+    """An ensemble that shares the weights of ``model``; trained weights kept, original untouched.
 
     Source: Wen et al., ICLR 2020, section 3.1. With ``init="ones"`` every member starts as ``model`` itself.
 
@@ -130,7 +131,8 @@ def batch_ensemble(
         include: Convert only these: names or glob patterns (``"layer4.*"``), module types, or predicates of
             (name, module). None means every layer and norm that has a form with members.
         exclude: Leave these as they are; wins over ``include``.
-        init: How fast weights start: random signs (the paper), N(1, 0.5^2) (the authors' later code), or ones.
+        init: How fast weights start: random signs (the paper), N(1, 0.5^2) (the authors' later code), or
+            ones.
         norm: Affine and running statistics ``per_member``, ``statistics_only`` per member, or all ``shared``
             (one norm over the stacked batch, as in the authors' code).
         bias: One bias ``per_member``, or ``shared``.
@@ -167,6 +169,8 @@ class MemberNetwork(nn.Module):
             Outputs ``(members, batch, ...)``; with ``ids``, ``(batch, ...)``.
         """
         if ids is not None:
+            if ids.shape != x.shape[:1]:
+                raise ValueError(f"ids name one member per row: expected {len(x)} of them, not {len(ids)}.")
             self._check(ids.tolist())
             with self.selection.of(ids):
                 return self.body(x)
@@ -175,8 +179,7 @@ class MemberNetwork(nn.Module):
         if len(chosen) == 1:
             with self.selection.of(chosen[0]):
                 return self.body(x).unsqueeze(0)
-        rows = None if members is None else torch.tensor(list(members), device=x.device)
-        with self.selection.of(rows):
+        with self.selection.of(None if members is None else tuple(members)):
             out = self.body(x.repeat(len(chosen), *[1] * (x.dim() - 1)))
         return out.unflatten(0, (len(chosen), len(x)))
 
@@ -195,7 +198,8 @@ def export(body: nn.Module, member: int) -> nn.Module:
     """A converted body as a plain network with one member's weights folded in."""
     with torch.no_grad():
         body = copy.deepcopy(body)
-        layers = {module: module.export(member) for _, module in _units(body) if isinstance(module, MEMBER_LAYERS)}
+        units = [module for _, module in _units(body) if isinstance(module, MEMBER_LAYERS)]
+        layers: dict[nn.Module, nn.Module] = {module: cast("Any", module).export(member) for module in units}
         return _replace(body, layers)
 
 
@@ -205,9 +209,9 @@ def append_members(body: nn.Module, num_members: int, init: str) -> None:
     Args:
         body: A network from ``convert``.
         num_members: How many to add.
-        init: How fast weights start, as in ``batch_ensemble``, or ``previous``: all private numbers as copies of
-            the last member's. Otherwise biases and norms start as the first member's, beside whom the shared
-            weights were trained.
+        init: How fast weights start, as in ``batch_ensemble``, or ``previous``: all private numbers as copies
+            of the last member's. Otherwise biases and norms start as the first member's, beside whom the
+            shared weights were trained.
     """
     for bank in banks(body):
         last = bank.num_members - 1
@@ -226,7 +230,7 @@ def commit_members(body: nn.Module) -> None:
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with tensors of their own, each once; an attention or a member layer is one unit with all inside."""
+    """Modules with tensors of their own, each once; an attention or a member layer is one with all inside."""
     inside: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in inside:
@@ -247,6 +251,8 @@ def _decide(
         return Conversion(name, source, None, CHOSEN)
     if isinstance(module, MEMBER_LAYERS):
         return Conversion(name, source, None, "has members already")
+    if kind in RANK1 and "weight" not in module._parameters:
+        return Conversion(name, source, None, "its weight is computed by a hook")
     if kind in RANK1:
         return Conversion(name, source, RANK1[kind].__name__, "rank-1 members")
     if kind is nn.MultiheadAttention:
@@ -258,7 +264,9 @@ def _decide(
     if kind in (*BATCH_NORMS, *AFFINE_NORMS):
         return Conversion(name, source, None, CHOSEN)
     if isinstance(module, tuple(RANK1)):
-        return Conversion(name, source, None, f"a subclass of {kind.__mro__[1].__name__} with a forward of its own")
+        return Conversion(
+            name, source, None, f"a subclass of {kind.__mro__[1].__name__} with a forward of its own"
+        )
     return Conversion(name, source, None, f"{source} has no form with members")
 
 
@@ -295,8 +303,12 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.M
     if model in replacements:
         return replacements[model]
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if child in replacements:
+        if isinstance(module, nn.TransformerEncoder) and any(one in replacements for one in module.modules()):
+            # its inference path for padded batches reads its layers' weights too
+            module.use_nested_tensor = False
+        # not named_children, which leaves out the second name of a module that stands in two places
+        for name, child in list(module._modules.items()):
+            if child is not None and child in replacements:
                 setattr(module, name, replacements[child])
                 if isinstance(module, nn.TransformerEncoderLayer):
                     # its fused inference path reads the weights of its children without calling them

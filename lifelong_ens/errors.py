@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend: one line each, saying what was expected, what came and what to do."""
+"""The errors that are the user's to mend: one line each, what was expected, what came and what to do."""
 
 from __future__ import annotations
 

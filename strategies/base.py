@@ -175,7 +175,7 @@ class Strategy(SupervisedTemplate):
             eval_mb_size=max(fit.batch_size, 256),
             device=device,
             plugins=plugins,
-            evaluator=evaluator or _silent_evaluator(),
+            evaluator=evaluator or silent_evaluator(),
         )
         # neither does anything here, but both cost time at every callback: an evaluator without metrics copies the
         # experience each time, and periodic evaluation is never switched on
@@ -367,7 +367,7 @@ def _overrides(plugin: Any, name: str) -> bool:
     return method is not None and getattr(method, "__module__", "") != "avalanche.core"
 
 
-def _silent_evaluator() -> EvaluationPlugin:
+def silent_evaluator() -> EvaluationPlugin:
     """An evaluator without metrics or loggers, and without the warning that it has none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

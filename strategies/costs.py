@@ -49,11 +49,12 @@ class CostPlugin(SupervisedPlugin):
         """Count the rows; stop at a loss that is no number."""
         self._measuring.close()
         self.meter.count(len(strategy.mb_y))
-        if not math.isfinite(float(strategy.loss)):
+        loss = float(strategy.loss.detach())
+        if not math.isfinite(loss):
             clock = strategy.clock
             step, epoch, task = clock.train_epoch_iterations, clock.train_exp_epochs, clock.train_exp_counter
             raise NonFiniteLossError(
-                f"the loss is {float(strategy.loss)} at step {step + 1}, epoch {epoch + 1}, task {task + 1}"
+                f"the loss is {loss} at step {step + 1}, epoch {epoch + 1}, task {task + 1}"
             )
         if self.on_step is not None:
             self.on_step()

@@ -1,0 +1,1 @@
+"""The cost ledger: what is stored, computed and waited for."""

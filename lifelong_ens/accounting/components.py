@@ -32,7 +32,7 @@ class Size:
 
 
 def component_of_modules(network: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Every module, each once, with its component: its own attribute ``component``, else that of what holds it."""
+    """Every module once, with its component: its own attribute ``component``, else that of what holds it."""
     seen: set[int] = set()
     stack: list[tuple[nn.Module, str]] = [(network, "shared")]
     while stack:
@@ -49,8 +49,9 @@ def component_of_modules(network: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def stored_tensors(network: nn.Module) -> Iterator[tuple[str, bool, Tensor]]:
     """Component, whether learned, and tensor, for all that ``state_dict`` holds; a tied tensor comes once.
 
-    Parameters are learned, and so are buffers of a module whose attribute ``learned`` is true (committed members).
-    Affine numbers and statistics of norms have components of their own unless something above them claims them.
+    Parameters are learned, and so are buffers of a module whose attribute ``learned`` is true (committed
+    members). Affine numbers and statistics of norms have components of their own unless something above them
+    claims them.
     """
     seen: set[int] = set()
     for module, component in component_of_modules(network):
@@ -77,5 +78,7 @@ def sizes(network: nn.Module) -> dict[str, Size]:
 
 def optimizer_size(optimizer: torch.optim.Optimizer) -> Size:
     """Bytes of the optimizer's state, such as momentum; nothing of it is a parameter."""
-    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    tensors = (
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    )
     return Size(0, sum(tensor.numel() * tensor.element_size() for tensor in tensors))

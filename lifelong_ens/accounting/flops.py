@@ -1,8 +1,8 @@
 """Floating-point operations of what really runs, by component. One multiply-accumulate is 2 FLOPs.
 
-Counted are matrix products, convolutions and attention, forward and backward, by the shapes of the operations as
-they are dispatched, so that a gradient that nobody needs costs nothing; and, apart, the products of rank-1 layers.
-Not counted, as is usual: biases, norms, activations, losses, optimizers.
+Counted are matrix products, convolutions and attention, forward and backward, by the shapes of the operations
+as they are dispatched, so that a gradient that nobody needs costs nothing; and, apart, the products of rank-1
+layers. Not counted, as is usual: biases, norms, activations, losses, optimizers.
 """
 
 from __future__ import annotations
@@ -139,11 +139,12 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -
 
 def forward_flops(network: nn.Module, run: Callable[[], object]) -> FlopMeter:
     """Count one forward pass in evaluation mode without gradients; nothing of the network changes."""
-    training = network.training
+    modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         with torch.no_grad(), FlopMeter(network) as meter:
             run()
     finally:
-        network.train(training)
+        for module, mode in modes.items():
+            module.training = mode
     return meter

@@ -69,7 +69,7 @@ class TrainingMeter:
 
 @contextmanager
 def saved_bytes(network: nn.Module) -> Iterator[dict[int, int]]:
-    """Collect the storages that autograd keeps for backward, address to bytes, each once, weights left out."""
+    """Collect what autograd keeps for backward: storages, address to bytes, each once, weights left out."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
     saved: dict[int, int] = {}
     kept: list[Tensor] = []

@@ -1,0 +1,1 @@
+"""Layers with members, and the banks that hold what is private to each."""

@@ -14,8 +14,9 @@ from lifelong_ens.layers.rank1 import Rank1Linear
 class Rank1MultiheadAttention(nn.Module):
     """``nn.MultiheadAttention`` (batch first) with a rank-1 layer for each of q, k, v and the output.
 
-    Torch's own module reads ``out_proj.weight`` without ever calling ``out_proj.forward``, so swapping that child
-    alone would change nothing; the whole attention is replaced. Weights are named after their projection.
+    Torch's own module reads ``out_proj.weight`` without ever calling ``out_proj.forward``, so swapping that
+    child alone would change nothing; the whole attention is replaced. Weights are named after their
+    projection.
 
     Args:
         attention: The plain attention, whose weights are kept.
@@ -31,12 +32,18 @@ class Rank1MultiheadAttention(nn.Module):
     _qkv_same_embed_dim = False
     batch_first = True
 
+    q_proj: Rank1Linear
+    k_proj: Rank1Linear
+    v_proj: Rank1Linear
+
     def __init__(self, attention: nn.MultiheadAttention, num_members: int, **options: Any) -> None:
         super().__init__()
         if not attention.batch_first:
             raise ValueError("nn.MultiheadAttention has its rows on axis 1; build it with batch_first=True.")
         if attention.bias_k is not None or attention.add_zero_attn:
-            raise ValueError("nn.MultiheadAttention with add_bias_kv or add_zero_attn has no rank-1 form here.")
+            raise ValueError(
+                "nn.MultiheadAttention with add_bias_kv or add_zero_attn has no rank-1 form here."
+            )
         self.embed_dim, self.num_heads = attention.embed_dim, attention.num_heads
         self.head_dim, self.dropout = attention.head_dim, attention.dropout
         self.kdim, self.vdim = attention.kdim, attention.vdim
@@ -56,7 +63,11 @@ class Rank1MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As in torch: ``(batch, L, E)`` and, if needed, weights ``(batch, L, S)`` or ``(batch, heads, L, S)``."""
+        """As in torch: ``(batch, L, E)`` and, if needed, weights ``(batch, [heads,] L, S)``."""
+        if query.dim() != 3:
+            raise ValueError(f"Rank1MultiheadAttention: expected (batch, L, E), not {tuple(query.shape)}.")
+        if is_causal and attn_mask is None:
+            raise ValueError("Rank1MultiheadAttention: is_causal is a hint beside attn_mask; pass the mask.")
         q, k, v = (
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
@@ -92,7 +103,9 @@ class Rank1MultiheadAttention(nn.Module):
 
     def export(self, member: int) -> nn.MultiheadAttention:
         """One member as torch's plain attention."""
-        q, k, v, out = (layer.export(member) for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj))
+        q, k, v, out = (
+            layer.export(member) for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        )
         plain = nn.MultiheadAttention(
             self.embed_dim,
             self.num_heads,
@@ -102,6 +115,7 @@ class Rank1MultiheadAttention(nn.Module):
             vdim=self.vdim,
             batch_first=True,
             device=out.weight.device,
+            dtype=out.weight.dtype,
         )
         with torch.no_grad():
             for target, source in zip(_input_projections(plain), (q, k, v), strict=True):
@@ -118,13 +132,15 @@ def _input_projections(attention: nn.MultiheadAttention) -> list[nn.Linear]:
     """The q, k and v projections as layers whose tensors are views of the attention's own."""
     if attention.in_proj_weight is not None:
         weights = attention.in_proj_weight.detach().chunk(3)
+        trained = attention.in_proj_weight.requires_grad
     else:
         weights = [getattr(attention, f"{name}_proj_weight").detach() for name in "qkv"]
+        trained = attention.q_proj_weight.requires_grad
     biases = [None] * 3 if attention.in_proj_bias is None else attention.in_proj_bias.detach().chunk(3)
     layers = []
     for weight, bias in zip(weights, biases, strict=True):
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        layer.weight = nn.Parameter(weight)
+        layer.weight = nn.Parameter(weight, requires_grad=trained)
         if bias is not None:
             layer.bias = nn.Parameter(bias)
         layers.append(layer.train(attention.training))

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Members = int | Tensor | None
+Members = int | tuple[int, ...] | Tensor | None
 
 
 class Selection:
-    """Which members the rows of the call in progress belong to; one object, shared by all layers of a network.
+    """Which members the rows of the call in progress belong to; one object for all layers of a network.
 
-    One rule covers ensembles, tasks and mixed batches. With ``K`` members selected, the rows of a batch are ``K``
-    contiguous blocks of equal length and block ``k`` belongs to member ``members[k]``: an ensemble selects all its
-    members and stacks the batch once for each, a task selects its own member, a mixed batch selects one member a row.
+    One rule covers ensembles, tasks and mixed batches. With ``K`` members selected, the rows of a batch are
+    ``K`` contiguous blocks of equal length and block ``k`` belongs to member ``members[k]``: an ensemble
+    selects all its members and stacks the batch once for each, a task selects its own member, a mixed batch
+    selects one member a row.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,11 @@ class Selection:
 
     @contextmanager
     def of(self, members: Members) -> Iterator[None]:
-        """Select ``members`` inside a with-block: one id, ids ``(K,)``, or None for all in their order."""
+        """Select ``members`` inside a with-block: one id, ids ``(K,)``, or None for all in their order.
+
+        Ids known beforehand are a tuple, ids that belong to a batch a tensor: the values of a tensor on a device
+        would have to be waited for.
+        """
         before, self.members = self.members, members
         try:
             yield
@@ -36,9 +41,9 @@ class Selection:
 class Bank(nn.Module):
     """One row of private numbers per member: committed rows, frozen to the bit, before the rows in training.
 
-    The rows in training are a leaf of their own. As rows of one large parameter, momentum and weight decay would
-    move the committed ones too; as one parameter per member and layer, a hundred tasks would mean thousands of
-    tensors. ``commit`` moves them over when a task ends.
+    The rows in training are a leaf of their own. As rows of one large parameter, momentum and weight decay
+    would move the committed ones too; as one parameter per member and layer, a hundred tasks would mean
+    thousands of tensors. ``commit`` moves them over when a task ends.
 
     Attributes:
         committed: Rows that nothing changes any more, ``(committed, *shape)``.
@@ -48,7 +53,8 @@ class Bank(nn.Module):
         rows: The first members' rows, ``(members, *shape)``; may have zero members.
         component: The line of the cost ledger that these numbers belong to.
         learned: Whether the rows are trained by gradient (counted as parameters) or are statistics.
-        implicit_first: Give member 0 a row of ones that is neither stored nor trained: the shared network itself.
+        implicit_first: Give member 0 a row of ones that is neither stored nor trained: the shared network
+            itself.
     """
 
     committed: Tensor
@@ -81,7 +87,7 @@ class Bank(nn.Module):
         return self.num_committed + (0 if self.active is None else len(self.active))
 
     def append(self, rows: Tensor) -> None:
-        """Add members in training with the given rows, ``(k, *shape)``; those before them must be committed."""
+        """Add members in training with these rows, ``(k, *shape)``; those before them must be committed."""
         if self.active is not None:
             raise RuntimeError("Bank.append: commit the members in training before new ones are added.")
         self._set_active(rows.detach().to(self.committed).clone())
@@ -96,12 +102,13 @@ class Bank(nn.Module):
         """The rows of the selected members, ``(K, *shape)``; ``K`` is 1 for a single id."""
         if isinstance(members, int):
             return self.row(members).unsqueeze(0)
+        if isinstance(members, tuple):
+            return self._several(members)
         return self.table() if members is None else self.table().index_select(0, members)
 
     def row(self, member: int) -> Tensor:
         """One member's row, ``shape``, as a view: writing to it writes to the bank."""
-        if not 0 <= member < self.num_members:
-            raise IndexError(f"member {member} does not exist: the bank holds {self.num_members}.")
+        self._check(member)
         if member >= self.num_committed and self.active is not None:
             return self.active[member - self.num_committed]
         if self.first is None:
@@ -113,13 +120,28 @@ class Bank(nn.Module):
         parts = [part for part in (self.first, self.committed, self.active) if part is not None and len(part)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _several(self, members: tuple[int, ...]) -> Tensor:
+        """The rows of members known beforehand; those side by side as a view."""
+        for member in members:
+            self._check(member)
+        first, stop, committed = members[0], members[0] + len(members), self.num_committed
+        if members != tuple(range(first, stop)):
+            return self.table().index_select(0, torch.tensor(members, device=self.committed.device))
+        if first >= committed and self.active is not None:
+            return self.active[first - committed : stop - committed]
+        return self.table()[first:stop]
+
+    def _check(self, member: int) -> None:
+        if not 0 <= member < self.num_members:
+            raise IndexError(f"member {member} does not exist: the bank holds {self.num_members}.")
+
     def _set_active(self, rows: Tensor | None) -> None:
         if self.learned:
             self.register_parameter("active", None if rows is None else nn.Parameter(rows))
         else:
             self.register_buffer("active", rows)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         # how many members there are is part of the state, so the bank takes the shape of what it is given
         if f"{prefix}committed" in state_dict:
             shape = state_dict[f"{prefix}committed"].shape
@@ -127,7 +149,7 @@ class Bank(nn.Module):
                 self.committed = self.committed.new_zeros(shape)
                 active = state_dict.get(f"{prefix}active")
                 self._set_active(None if active is None else self.committed.new_zeros(active.shape))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def banks(module: nn.Module) -> Iterator[Bank]:
@@ -136,7 +158,7 @@ def banks(module: nn.Module) -> Iterator[Bank]:
 
 
 def per_row(rows: Tensor, num_rows: int, owner: nn.Module) -> Tensor:
-    """Members' rows ``(K, *shape)`` laid out for a batch: ``(num_rows, *shape)``, or ``(1, *shape)`` where K is 1.
+    """Members' rows ``(K, *shape)`` laid out for a batch: ``(num_rows, *shape)``, or one row where K is 1.
 
     Raises:
         ValueError: ``num_rows`` is not a multiple of ``K``; left-over rows would have no member.
@@ -168,8 +190,9 @@ INITS = ("random_sign", "gaussian", "ones")
 def fast_weights(init: str, num_members: int, size: int) -> Tensor:
     """Initial fast weights ``(num_members, size)`` from torch's global generator.
 
-    ``random_sign`` draws -1 and +1 with equal chance (BatchEnsemble, Appendix B; the chance is not stated there),
-    ``gaussian`` draws N(1, 0.5^2) (the authors' public code since 2020), ``ones`` starts at the shared network.
+    ``random_sign`` draws -1 and +1 with equal chance (BatchEnsemble, Appendix B; the chance is not stated
+    there), ``gaussian`` draws N(1, 0.5^2) (the authors' public code since 2020), ``ones`` starts at the
+    shared network.
     """
     if init == "random_sign":
         return torch.randint(0, 2, (num_members, size)).mul_(2).sub_(1).float()

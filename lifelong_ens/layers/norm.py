@@ -1,11 +1,12 @@
 """Normalisation with numbers of its own for each member: affine rows and running statistics.
 
-With running statistics shared between tasks, old tasks' logits move although every parameter is frozen. Edward2's
-``ensemble_batchnorm`` and ``EnsembleSyncBatchNorm`` also keep them per member.
+With running statistics shared between tasks, old tasks' logits move although every parameter is frozen.
+Edward2's ``ensemble_batchnorm`` and ``EnsembleSyncBatchNorm`` also keep them per member.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,16 @@ class _Affine(nn.Module):
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    private_weight: Bank | None
+    private_bias: Bank | None
 
     def _add_affine(self, norm: nn.Module, num_members: int, private: bool) -> None:
         for name in ("weight", "bias"):
             shared = getattr(norm, name, None)
             self.register_parameter(name, None if private else shared)
-            rows = shared.detach().expand(num_members, *shared.shape) if private and shared is not None else None
+            rows = (
+                shared.detach().expand(num_members, *shared.shape) if private and shared is not None else None
+            )
             setattr(self, f"private_{name}", None if rows is None else Bank(rows, "norm_affine"))
 
     def _rows(self, name: str, members: Members) -> Tensor | None:
@@ -73,7 +78,10 @@ class MemberLayerNorm(_Affine):
     def export(self, member: int) -> nn.LayerNorm:
         """One member as a plain ``nn.LayerNorm``."""
         plain = nn.LayerNorm(
-            list(self.normalized_shape), self.eps, self.private_weight is not None, self.private_bias is not None
+            list(self.normalized_shape),
+            self.eps,
+            self.private_weight is not None,
+            self.private_bias is not None,
         )
         self._export_affine(plain, member)
         return plain.train(self.training)
@@ -90,7 +98,9 @@ class MemberGroupNorm(_Affine):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each group of channels, then scale and shift each row by its member's numbers."""
-        return self._affine(F.group_norm(x, self.num_groups, eps=self.eps), self.selection.members, slice(1, 2))
+        return self._affine(
+            F.group_norm(x, self.num_groups, eps=self.eps), self.selection.members, slice(1, 2)
+        )
 
     def export(self, member: int) -> nn.GroupNorm:
         """One member as a plain ``nn.GroupNorm``."""
@@ -103,7 +113,8 @@ class MemberBatchNorm(_Affine):
     """Batch normalisation with running statistics, and if asked affine rows, of each member's own.
 
     In training a member in training is normalised by the statistics of its own rows, which move its running
-    statistics; a committed member always by its running statistics, which never move. Inputs ``(batch, C, ...)``.
+    statistics; a committed member always by its running statistics, which never move. Inputs ``(batch, C,
+    ...)``.
 
     Args:
         norm: The plain norm whose numbers every member starts from.
@@ -113,12 +124,17 @@ class MemberBatchNorm(_Affine):
     """
 
     def __init__(
-        self, norm: nn.modules.batchnorm._BatchNorm, num_members: int, selection: Selection, private_affine: bool
+        self,
+        norm: nn.modules.batchnorm._BatchNorm,
+        num_members: int,
+        selection: Selection,
+        private_affine: bool,
     ) -> None:
         super().__init__()
         if norm.momentum is None:
             raise ValueError(
-                "MemberBatchNorm: a cumulative average (momentum=None) has no per-member form; set a momentum."
+                "MemberBatchNorm: a cumulative average (momentum=None) has no form with members; "
+                "set a momentum."
             )
         self.plain_type = type(norm)
         self.num_features, self.eps, self.momentum = norm.num_features, norm.eps, norm.momentum
@@ -126,36 +142,49 @@ class MemberBatchNorm(_Affine):
         self._add_affine(norm, num_members, private_affine)
         self.running_mean = self.running_var = None
         if norm.running_mean is not None and norm.running_var is not None:
-            self.running_mean = Bank(norm.running_mean.expand(num_members, -1), "norm_statistics", learned=False)
-            self.running_var = Bank(norm.running_var.expand(num_members, -1), "norm_statistics", learned=False)
+            self.running_mean = Bank(
+                norm.running_mean.expand(num_members, -1), "norm_statistics", learned=False
+            )
+            self.running_var = Bank(
+                norm.running_var.expand(num_members, -1), "norm_statistics", learned=False
+            )
+        elif self.private_weight is None:
+            raise ValueError(
+                "MemberBatchNorm: without running statistics and affine rows of its own no member can be told "
+                "from another; exclude this norm, or give it track_running_stats=True."
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each row with its member's statistics, scale and shift it with its member's affine."""
         members = self.selection.members
         if isinstance(members, int):
             return self._one(x, members)
-        num_members = self._num_members() if members is None else len(members)
+        if members is None:
+            members = tuple(range(self._num_members()))
         if not self._uses_batch(members):
             return self._by_running(x, members)
-        ids = list(range(num_members)) if members is None else members.tolist()
-        if num_members < len(x):
+        num_members, ids = len(members), members if isinstance(members, tuple) else members.tolist()
+        if num_members != len(x):
             per_row(x.new_empty(num_members, 0), len(x), self)  # raises where rows would be left over
-            return torch.cat([self._one(block, i) for block, i in zip(x.chunk(num_members), ids, strict=True)])
+            return torch.cat(
+                [self._one(block, i) for block, i in zip(x.chunk(num_members), ids, strict=True)]
+            )
         return self._by_groups(x, ids)
 
     def _num_members(self) -> int:
-        for bank in (self.running_mean, self.private_weight):
-            if bank is not None:
-                return bank.num_members
-        return 1
+        bank = self.private_weight if self.running_mean is None else self.running_mean
+        return 0 if bank is None else bank.num_members
 
-    def _uses_batch(self, members: Members) -> bool:
+    def _uses_batch(self, members: tuple[int, ...] | Tensor) -> bool:
         """Whether any selected member is normalised by its batch's own statistics."""
         if self.running_mean is None:
             return True
         if not self.training or self.running_mean.active is None:
             return False
-        return members is None or isinstance(members, int) or bool((members >= self.running_mean.num_committed).any())
+        committed = self.running_mean.num_committed
+        if isinstance(members, tuple):
+            return any(member >= committed for member in members)
+        return bool((members >= committed).any())
 
     def _one(self, x: Tensor, member: int) -> Tensor:
         """All rows belong to one member: torch's own kernel."""
@@ -177,7 +206,7 @@ class MemberBatchNorm(_Affine):
         scale, shift = (along(per_row(rows, len(x), self), x, 1) for rows in (scale, shift))
         return torch.addcmul(shift, x, scale)
 
-    def _by_groups(self, x: Tensor, ids: list[int]) -> Tensor:
+    def _by_groups(self, x: Tensor, ids: Sequence[int]) -> Tensor:
         """One id a row, members repeating: the rows of each member are gathered, normalised and put back."""
         row_ids = torch.tensor(ids, device=x.device)
         y = torch.empty_like(x)
@@ -190,10 +219,15 @@ class MemberBatchNorm(_Affine):
         """One member as torch's plain norm."""
         affine = self._rows("weight", member) is not None
         plain: Any = self.plain_type(
-            self.num_features, self.eps, self.momentum, affine, track_running_stats=self.running_mean is not None
+            self.num_features,
+            self.eps,
+            self.momentum,
+            affine,
+            track_running_stats=self.running_mean is not None,
         )
         self._export_affine(plain, member)
         if self.running_mean is not None and self.running_var is not None:
-            plain.running_mean.copy_(self.running_mean.row(member))
-            plain.running_var.copy_(self.running_var.row(member))
+            plain.running_mean = self.running_mean.row(member).clone()
+            plain.running_var = self.running_var.row(member).clone()
+            plain.num_batches_tracked = plain.num_batches_tracked.to(plain.running_mean.device)
         return plain.train(self.training)

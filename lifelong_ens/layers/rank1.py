@@ -1,8 +1,9 @@
 """Rank-1 layers: a shared weight W, scaled for member i by the outer product of two vectors (BatchEnsemble).
 
-Wen, Tran and Ba, "BatchEnsemble: an alternative approach to efficient ensemble and lifelong learning", ICLR 2020,
-equations 1-5: ``W_i = W * (s_i r_i^T)`` and so ``W_i x = (W (x * r_i)) * s_i``. Every bias is added after the
-scaling by ``s``, as in the authors' code. A convolution scales input channels by ``r`` and output channels by ``s``.
+Wen, Tran and Ba, "BatchEnsemble: an alternative approach to efficient ensemble and lifelong learning", ICLR
+2020, equations 1-5: ``W_i = W * (s_i r_i^T)`` and so ``W_i x = (W (x * r_i)) * s_i``. Every bias is added
+after the scaling by ``s``, as in the authors' code. A convolution scales input channels by ``r`` and output
+channels by ``s``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Rank1Layer(nn.Module):
 
     r: Bank
     s: Bank
-    bias: nn.Parameter | None
+    bias: Any
     private_bias: Bank | None
     selection: Selection
     input_axis = 1
@@ -180,7 +181,8 @@ class _Rank1Conv(Rank1Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in_channels, ...)`` to ``(batch, out_channels, ...)``."""
-        return self.scale_output(self._conv_forward(self.scale_input(input), self.weight, None))  # pyright: ignore
+        x = self.scale_input(input)
+        return self.scale_output(self._conv_forward(x, self.weight, None))  # pyright: ignore
 
     def export(self, member: int) -> nn.Module:
         """One member as torch's plain convolution."""
@@ -188,19 +190,19 @@ class _Rank1Conv(Rank1Layer):
 
 
 class Rank1Conv1d(_Rank1Conv, nn.Conv1d):
-    """``nn.Conv1d`` with rank-1 members; its options are keyword arguments beside ``num_members`` and ``init``."""
+    """``nn.Conv1d`` with rank-1 members; options are keywords beside ``num_members`` and ``init``."""
 
     plain = nn.Conv1d
 
 
 class Rank1Conv2d(_Rank1Conv, nn.Conv2d):
-    """``nn.Conv2d`` with rank-1 members; its options are keyword arguments beside ``num_members`` and ``init``."""
+    """``nn.Conv2d`` with rank-1 members; options are keywords beside ``num_members`` and ``init``."""
 
     plain = nn.Conv2d
 
 
 class Rank1Conv3d(_Rank1Conv, nn.Conv3d):
-    """``nn.Conv3d`` with rank-1 members; its options are keyword arguments beside ``num_members`` and ``init``."""
+    """``nn.Conv3d`` with rank-1 members; options are keywords beside ``num_members`` and ``init``."""
 
     plain = nn.Conv3d
 
@@ -208,7 +210,16 @@ class Rank1Conv3d(_Rank1Conv, nn.Conv3d):
 def _conv_options(layer: Any) -> dict[str, Any]:
     """The constructor arguments of a convolution, for a copy whose tensors are put in afterwards."""
     has_bias = layer._has_bias() if isinstance(layer, Rank1Layer) else layer.bias is not None
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    names = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
     return {name: getattr(layer, name) for name in names} | {"bias": has_bias, "device": "meta"}
 
 
@@ -218,7 +229,7 @@ def _finish(new: R, layer: nn.Module, num_members: int, options: dict[str, Any])
     new.weight = weight  # pyright: ignore
     new.bias = layer.bias  # pyright: ignore
     new.add_members(num_members, **options)
-    new.to(weight.device)
+    new.to(weight.device, weight.dtype)
     return new.train(layer.training)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Literal, Self
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lifelong_ens.convert import append_members, commit_members, convert, export
 from lifelong_ens.errors import InputError
+from lifelong_ens.layers.bank import Members
 from lifelong_ens.networks.plain import without_classifier
 from lifelong_ens.networks.task import TaskNetwork
 
@@ -20,20 +22,20 @@ NormPolicy = Literal["statistics_only", "per_member", "shared_frozen"]
 class BatchEnsembleNetwork(TaskNetwork):
     """Task t uses ``W * (s_t r_t^T)`` in every layer and a head of its own.
 
-    Source: Wen et al., ICLR 2020, section 3.1, equations 6-7: the first task trains W, r_1, s_1; later ones only
-    r_t, s_t. The paper does not say what happens to biases and norms; by default each task has its own biases and
-    running statistics and the affine parts of norms stay as the first task left them.
+    Source: Wen et al., ICLR 2020, section 3.1, equations 6-7: the first task trains W, r_1, s_1; later ones
+    only r_t, s_t. The paper does not say what happens to biases and norms; by default each task has its own
+    biases and running statistics and the affine parts of norms stay as the first task left them.
 
     Args:
         body: A network with ``num_features``, or a classifier whose last linear layer is taken off.
-        init: How the fast weights of a task start: ``random_sign`` (the paper), ``gaussian`` N(1, 0.5^2), ``ones``
-            (the shared network), or ``previous`` (copies of the last task's, biases and norms too).
-        norm: ``statistics_only`` per task, ``per_member`` (affine too), or ``shared_frozen`` (all as the first task
-            left it).
+        init: How the fast weights of a task start: ``random_sign`` (the paper), ``gaussian`` N(1, 0.5^2),
+            ``ones`` (the shared network), or ``previous`` (copies of the last task's, biases and norms too).
+        norm: ``statistics_only`` per task, ``per_member`` (affine too), or ``shared_frozen`` (all as the
+            first task left it).
         bias: A bias ``per_member`` or the first task's, ``shared``.
         members_per_task: How many members a task holds: more than one is a small ensemble.
-        first_task: ``member`` gives the first task fast weights like every other; ``shared`` lets it be the shared
-            network itself (r = s = 1, not stored), which can represent the same functions.
+        first_task: ``member`` gives the first task fast weights like every other; ``shared`` lets it be the
+            shared network itself (r = s = 1, not stored), which can represent the same functions.
     """
 
     frozen_past = True
@@ -82,9 +84,10 @@ class BatchEnsembleNetwork(TaskNetwork):
     def train(self, mode: bool = True) -> Self:
         """Training mode; norms that all tasks share learn their statistics in the first task only."""
         super().train(mode)
-        if self.num_tasks > 1:
+        # not num_tasks, which still leaves out the task that is being added
+        if len(self.heads) > 1:
             for module in self.body.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                if isinstance(module, nn.modules.batchnorm._NormBase):
                     module.eval()
         return self
 
@@ -98,21 +101,19 @@ class BatchEnsembleNetwork(TaskNetwork):
     def member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:
         """Logits of the task's members, ``(members, batch, classes)``; every row is shown to all of them."""
         count = self.members_per_task
-        with self.selection.of(self._members(task, len(x), x.device)):
+        with self.selection.of(self._members(task)):
             features = self.body(x if count == 1 else x.repeat(count, *[1] * (x.dim() - 1)))
         return self.heads(features.unflatten(0, (count, len(x))), task)
 
     def export_task(self, task: int, member: int = 0) -> nn.Module:
-        """One task as a plain network with its head on top, equal to 1e-6; ``member`` counts within the task."""
+        """One task as a plain network with its head on top, equal to 1e-6; ``member`` is within the task."""
         body = export(self.body, task * self.members_per_task + member)
-        head = nn.Linear(self.num_features, self.classes_per_task[task])
-        head.load_state_dict(self.heads[task].state_dict())
-        return nn.Sequential(body, head).eval()
+        return nn.Sequential(body, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
 
-    def _members(self, task: int | Tensor, rows: int, device: torch.device) -> int | Tensor:
+    def _members(self, task: int | Tensor) -> Members:
         """The selection for a task: a single id where that will do, as it needs no gathering."""
         count = self.members_per_task
         if isinstance(task, int):
-            return task if count == 1 else task * count + torch.arange(count, device=device)
+            return task if count == 1 else tuple(range(task * count, task * count + count))
         blocks = [task * count + member for member in range(count)]
         return torch.cat(blocks)

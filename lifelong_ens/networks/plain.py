@@ -1,12 +1,13 @@
 """Small networks of the field, each a body with features or, with ``num_classes``, a classifier.
 
-Every builder takes ``input_shape`` ``(C, H, W)`` and says in one line when it does not fit. The returned module has
-``num_features``, the length of the features that a head reads.
+Every builder takes ``input_shape`` ``(C, H, W)`` and says in one line when it does not fit. The returned
+module has ``num_features``, the length of the features that a head reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Body(nn.Module):
         self.fc = nn.Identity() if num_classes is None else nn.Linear(num_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features ``(batch, num_features)``, or logits ``(batch, num_classes)`` where there is a classifier."""
+        """Features ``(batch, num_features)``; logits ``(batch, num_classes)`` where there is a classifier."""
         return self.fc(self.features(x))
 
 
@@ -42,7 +43,7 @@ def mlp(
     """
     widths = [input_shape[0] * input_shape[1] * input_shape[2], *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for width_in, width_out in zip(widths, widths[1:], strict=False):
+    for width_in, width_out in pairwise(widths):
         layers += [nn.Linear(width_in, width_out), nn.ReLU()]
     return Body(nn.Sequential(*layers), widths[-1], num_classes)
 
@@ -112,10 +113,8 @@ def _resnet(input_shape: Shape, widths: Sequence[int], blocks: int, num_classes:
     return Body(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), before, num_classes)
 
 
-def resnet18(
-    num_classes: int | None = None, *, input_shape: Shape = (3, 32, 32), width: int = 64
-) -> Body:
-    """ResNet-18 for small images: 3x3 stem, four stages of two basic blocks, widths 1, 2, 4, 8 times ``width``.
+def resnet18(num_classes: int | None = None, *, input_shape: Shape = (3, 32, 32), width: int = 64) -> Body:
+    """ResNet-18 for small images: 3x3 stem, four stages of two blocks, widths 1, 2, 4, 8 times ``width``.
 
     ``width=20`` is the reduced network of Lopez-Paz and Ranzato (GEM, 2017): 1,090,140 convolution weights.
 
@@ -161,7 +160,9 @@ def without_classifier(model: nn.Module) -> nn.Module:
         return model
     linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
     if not linears:
-        raise InputError(f"{type(model).__name__} has no linear layer to take off; set its num_features yourself.")
+        raise InputError(
+            f"{type(model).__name__} has no linear layer to take off; set its num_features yourself."
+        )
     name, last = linears[-1]
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
@@ -172,7 +173,8 @@ def without_classifier(model: nn.Module) -> nn.Module:
 def reinitialise(module: nn.Module) -> nn.Module:
     """Draw all weights anew, in place, as the layers' own ``reset_parameters`` do; returns the module."""
     for child in module.modules():
-        reset = getattr(child, "reset_parameters", None)
+        # attention has it under a private name
+        reset = getattr(child, "reset_parameters", getattr(child, "_reset_parameters", None))
         if callable(reset):
             reset()
     return module

@@ -16,9 +16,9 @@ from lifelong_ens.networks.plain import reinitialise, without_classifier
 class TaskNetwork(nn.Module):
     """A network that learns tasks one after the other; a subclass says what a new task adds and freezes.
 
-    It grows in ``add_task`` alone, never while it evaluates. Whatever it learns is a parameter or a buffer, so that
-    its ``state_dict`` is the whole truth; building it anew, repeating ``add_task`` and ``finish_task`` for the same
-    tasks and loading that state gives the same network.
+    It grows in ``add_task`` alone, never while it evaluates. Whatever it learns is a parameter or a buffer,
+    so that its ``state_dict`` is the whole truth; building it anew, repeating ``add_task`` and
+    ``finish_task`` for the same tasks and loading that state gives the same network.
 
     Attributes:
         classes_per_task: How many classes each task has, in the order in which they came.
@@ -46,7 +46,7 @@ class TaskNetwork(nn.Module):
 
     @abstractmethod
     def add_task(self, num_classes: int) -> None:
-        """Add what a new task needs and freeze what it must not move; ``num_tasks`` is its index meanwhile."""
+        """Add what a new task needs, freeze what it must not move; ``num_tasks`` is its index meanwhile."""
 
     @abstractmethod
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
@@ -54,8 +54,8 @@ class TaskNetwork(nn.Module):
 
         Args:
             x: Images ``(batch, C, H, W)``.
-            task: One task for all rows, or one per row, int64 ``(batch,)``. Then the logits are as wide as the
-                widest of these tasks and -inf behind the classes of a narrower one.
+            task: One task for all rows, or one per row, int64 ``(batch,)``. Then the logits are as wide as
+                the widest of these tasks and -inf behind the classes of a narrower one.
         """
 
     def member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Heads(nn.ModuleList):
         self.append(nn.Linear(num_features, num_classes))
 
     def forward(self, features: Tensor, task: int | Tensor) -> Tensor:
-        """Features ``(..., batch, num_features)`` to logits ``(..., batch, classes)``, padded for mixed tasks."""
+        """Features ``(..., batch, num_features)`` to logits ``(..., batch, classes)``, padded if mixed."""
         if isinstance(task, int):
             return self[task](features)
         present = task.unique().tolist()
@@ -128,6 +128,7 @@ class Columns(nn.ModuleList):
         if len(self):
             reinitialise(column)
         self.append(column.requires_grad_(True))
+        self.train(self.training)
         return column
 
     def train(self, mode: bool = True) -> Self:

@@ -80,6 +80,11 @@ ACCURACY = (
     Column("eval_task", "", "the task evaluated, counted from 0"),
     Column("accuracy", "[0, 1]", "on the test images of `eval_task`; only what was measured has a row"),
     _SETTING,
+    Column("nll", "nats", "mean negative log-likelihood of the members' mean probability"),
+    Column("entropy", "nats", "mean entropy of the members' mean probability"),
+    Column(
+        "disagreement", "[0, 1]", "share of images on which two members of the task differ, mean over pairs"
+    ),
 )
 
 COMPONENTS = (

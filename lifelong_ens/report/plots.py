@@ -122,7 +122,8 @@ def _draw_curve(axes: Axes, tasks: _Pandas, style: Mapping[str, Any]) -> None:
         axes.axhline(mean.iloc[0], color=style["color"], linewidth=1, linestyle=":", zorder=1)
     axes.plot(x, mean, **style, linewidth=2, markersize=6, markeredgecolor="white", zorder=3)
     if len(x) > 1:
-        axes.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0, zorder=2)
+        low, high = (mean - std).clip(lower=0), (mean + std).clip(upper=100)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0, zorder=2)
     elif std.notna().all():
         axes.errorbar(x, mean, yerr=std, fmt="none", color=style["color"], capsize=3, zorder=2)
 

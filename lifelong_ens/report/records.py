@@ -70,7 +70,7 @@ def check_record(record: Any, source: str) -> None:
 
 
 def load_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records in ``out/records/*.json``; damaged ones are left out, with a warning that names each.
+    """The records in ``out/records/*.json`` as they were started; damaged ones are left out, named in a warning.
 
     Raises:
         InputError: if there is no record, or none that can be read; the first one's trouble is in the
@@ -92,7 +92,7 @@ def load_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
         raise InputError(f"none of the {len(damaged)} records in {folder} can be read: {damaged[0]}")
     if not records:
         raise InputError(f"no records in {folder}; run `lifelong-ens compare --out {os.fspath(out)}` first")
-    return records
+    return sorted(records, key=lambda record: str(record.get("started")))
 
 
 def newest_of_each_run(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -147,8 +147,14 @@ def _baseline(record: _Record) -> np.ndarray | None:
 
 
 def _accuracy_rows(record: _Record) -> list[dict[str, Any]]:
+    beside = {(row["trained_task"], row["eval_task"]): row for row in record.get("uncertainty", [])}
     return [
-        {"trained_task": trained, "eval_task": evaluated, "accuracy": value}
+        {
+            **beside.get((trained, evaluated), {}),
+            "trained_task": trained,
+            "eval_task": evaluated,
+            "accuracy": value,
+        }
         for trained, row in enumerate(record["accuracy"])
         for evaluated, value in enumerate(row)
         if value is not None

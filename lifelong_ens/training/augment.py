@@ -1,4 +1,4 @@
-"""Random crops and flips of whole batches, on the device they are on, with a choice of its own for every image."""
+"""Random crops and flips of whole batches, on their device, with a choice of its own for every image."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator, padd
 
     Args:
         images: A batch; zero is what a crop shows beyond the border.
-        kind: ``flip`` mirrors half of the images; ``crop_flip`` also moves each by up to ``padding`` pixels, as is
-            usual on CIFAR (He et al. 2016, section 4.2).
+        kind: ``flip`` mirrors half of the images; ``crop_flip`` also moves each by up to ``padding`` pixels,
+            as is usual on CIFAR (He et al. 2016, section 4.2).
         generator: Where all random choices come from; on the device of the images.
         padding: Pixels added on each side before the crop.
     """

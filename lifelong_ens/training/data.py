@@ -13,8 +13,8 @@ from torch import Tensor
 class ImageData:
     """A labelled selection of rows of one uint8 image store.
 
-    Several selections share a store, so that the tasks of a stream hold no copies. Reading a batch gathers all its
-    rows at once, moves bytes (not floats) to the device and normalises there.
+    Several selections share a store, so that the tasks of a stream hold no copies. Reading a batch gathers
+    all its rows at once, moves bytes (not floats) to the device and normalises there.
 
     Attributes:
         images: The store, uint8 ``(stored, C, H, W)``; may be memory-mapped.

@@ -23,11 +23,12 @@ class Fit:
         schedule: ``constant``, or ``cosine`` down to zero at the last step.
         warmup_epochs: Epochs of linear increase before the schedule starts.
         clip_norm: Largest norm of the whole gradient; none if not given.
-        augment: ``none``, ``flip`` or ``crop_flip`` (moved by up to four pixels), new for each image and epoch.
+        augment: ``none``, ``flip`` or ``crop_flip`` (moved by up to four pixels), new for each image and
+            epoch.
         amp: Compute in bfloat16 where torch deems it safe.
         compile: Run the network through torch.compile.
-        patience: Stop after so many epochs without a better validation accuracy and go back to the best epoch;
-            needs a stream with a validation fraction.
+        patience: Stop after so many epochs without a better validation accuracy and go back to the best
+            epoch; needs a stream with a validation fraction.
     """
 
     epochs: int = 10

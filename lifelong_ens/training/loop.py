@@ -85,8 +85,8 @@ def run_epoch(
     """One pass over the batches, a step for each; returns the mean loss.
 
     Raises:
-        NonFiniteLossError: A loss was NaN or infinite; found at the end of the pass, so as not to wait for the
-            device at every step.
+        NonFiniteLossError: A loss was NaN or infinite; found at the end of the pass, so as not to wait for
+            the device at every step.
     """
     losses = []
     for batch in batches:

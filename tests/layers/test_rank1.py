@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
+
+Randomise = Callable[..., nn.Module]
+
+CONVS: dict[str, tuple[type[Rank1Layer], dict[str, Any], tuple[int, ...]]] = {
+    "1d": (Rank1Conv1d, {"kernel_size": 3}, (9,)),
+    "1d circular": (Rank1Conv1d, {"kernel_size": 3, "padding": 1, "padding_mode": "circular"}, (9,)),
+    "2d": (Rank1Conv2d, {"kernel_size": 3}, (7, 6)),
+    "2d no bias": (Rank1Conv2d, {"kernel_size": (3, 2), "bias": False}, (7, 6)),
+    "2d groups": (Rank1Conv2d, {"kernel_size": 3, "groups": 2, "padding": 1}, (5, 6)),
+    "2d depthwise": (Rank1Conv2d, {"kernel_size": 3, "groups": 4, "out_channels": 8}, (5, 6)),
+    "2d stride and dilation": (Rank1Conv2d, {"kernel_size": 3, "stride": (2, 1), "dilation": (1, 2)}, (9, 9)),
+    "2d same": (Rank1Conv2d, {"kernel_size": 3, "padding": "same", "padding_mode": "reflect"}, (6, 6)),
+    "2d replicate": (Rank1Conv2d, {"kernel_size": 3, "padding": 2, "padding_mode": "replicate"}, (5, 5)),
+    "3d": (Rank1Conv3d, {"kernel_size": 2, "groups": 2}, (4, 3, 3)),
+}
+CASES = ["linear 2d", "linear 3d", "linear no bias", *CONVS]
+NUM_MEMBERS = 3
+
+
+def build(case: str, num_members: int = NUM_MEMBERS) -> tuple[Rank1Layer, tuple[int, ...]]:
+    """A layer, and the shape of one of its rows."""
+    if case.startswith("linear"):
+        linear = Rank1Linear(5, 4, "no bias" not in case, num_members=num_members, init="gaussian")
+        return linear, (2, 5) if "3d" in case else (5,)
+    kind, options, size = CONVS[case]
+    options = {"in_channels": 4, "out_channels": 6, **options}
+    return kind(**options, num_members=num_members, init="gaussian"), (4, *size)
+
+
+def filled(case: str, randomise: Randomise, num_members: int = NUM_MEMBERS) -> tuple[Any, tuple[int, ...]]:
+    layer, shape = build(case, num_members)
+    return randomise(layer).double(), shape
+
+
+def tensors(layer: Any) -> dict[str, Tensor]:
+    """The layer's numbers as leaves of their own: W, r, s and, where there is one, b."""
+    found = {"W": layer.weight, "r": layer.r.active, "s": layer.s.active}
+    if layer.private_bias is not None:
+        found["b"] = layer.private_bias.active
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in found.items()}
+
+
+def dense_weight(W: Tensor, r: Tensor, s: Tensor, groups: int) -> Tensor:
+    """``W * (s r^T)`` entry by entry."""
+    outs, ins_per_group = W.shape[:2]
+    channels = []
+    for out in range(outs):
+        group = out // (outs // groups)
+        inputs = [r[group * ins_per_group + i] * s[out] * W[out, i] for i in range(ins_per_group)]
+        channels.append(torch.stack(inputs))
+    return torch.stack(channels)
+
+
+def dense_row(layer: Any, parts: dict[str, Tensor], x: Tensor, member: int) -> Tensor:
+    """One row ``(1, ...)`` through the member's own dense layer, torch's plain one."""
+    weight = dense_weight(parts["W"], parts["r"][member], parts["s"][member], getattr(layer, "groups", 1))
+    bias = parts["b"][member] if "b" in parts else None
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    names = ("stride", "padding", "dilation", "groups", "padding_mode")
+    options = {name: getattr(layer, name) for name in names}
+    has_bias = bias is not None
+    sizes = (layer.in_channels, layer.out_channels, layer.kernel_size)
+    plain = layer.plain(*sizes, bias=has_bias, dtype=torch.float64, **options)
+    tensors = {"weight": weight} | ({"bias": bias} if has_bias else {})
+    return torch.func.functional_call(plain, tensors, (x,))
+
+
+def owners(members: int | Tensor | None, rows: int, num_members: int = NUM_MEMBERS) -> list[int]:
+    """Whose each row is, as the documentation of ``Selection`` says."""
+    if isinstance(members, int):
+        return [members] * rows
+    chosen = list(range(num_members)) if members is None else members.tolist()
+    return [chosen[row // (rows // len(chosen))] for row in range(rows)]
+
+
+SELECTIONS: dict[str, int | Tensor | None] = {
+    "all in blocks": None,
+    "some in blocks": torch.tensor([2, 0]),
+    "one": 1,
+    "one as a tensor": torch.tensor([2]),
+    "one id a row": torch.tensor([2, 0, 0, 1, 2, 1]),
+}
+
+
+@pytest.mark.parametrize("members", SELECTIONS.values(), ids=SELECTIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_dense_form_and_so_do_its_gradients(
+    case: str, members: int | Tensor | None, randomise: Randomise
+) -> None:
+    layer, shape = filled(case, randomise)
+    parts = tensors(layer)
+    x, x_dense = (torch.randn(6, *shape, dtype=torch.float64) for _ in range(2))
+    x_dense.copy_(x)
+    x.requires_grad_()
+    x_dense.requires_grad_()
+    with layer.selection.of(members):
+        out = layer(x)
+    rows = [dense_row(layer, parts, x_dense[i : i + 1], m) for i, m in enumerate(owners(members, 6))]
+    expected = torch.cat(rows)
+    torch.testing.assert_close(out, expected)
+
+    direction = torch.randn_like(out)
+    found = {"W": layer.weight, "r": layer.r.active, "s": layer.s.active}
+    found |= {"b": layer.private_bias.active} if "b" in parts else {}
+    grads = torch.autograd.grad((out * direction).sum(), [x, *found.values()])
+    dense = torch.autograd.grad((expected * direction).sum(), [x_dense, *parts.values()])
+    for name, grad, dense_grad in zip(["x", *found], grads, dense, strict=True):
+        torch.testing.assert_close(
+            grad, dense_grad, msg=lambda text, name=name: f"gradient of {name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_export_is_the_plain_layer_with_the_members_dense_weight(case: str, randomise: Randomise) -> None:
+    layer, shape = filled(case, randomise)
+    x = torch.randn(2, *shape, dtype=torch.float64)
+    for member in range(NUM_MEMBERS):
+        plain = layer.export(member)
+        assert type(plain) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        with layer.selection.of(member):
+            torch.testing.assert_close(plain(x), layer(x))
+        parts = tensors(layer)
+        expected = dense_weight(
+            parts["W"], parts["r"][member], parts["s"][member], getattr(layer, "groups", 1)
+        )
+        torch.testing.assert_close(layer.member_weight(member), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_permuting_rows_permutes_outputs_and_swapping_blocks_swaps_members(
+    case: str, randomise: Randomise
+) -> None:
+    layer, shape = filled(case, randomise)
+    block = torch.randn(4, *shape, dtype=torch.float64)
+    order = torch.tensor([2, 0, 3, 1])
+    a, b, c = layer(block.repeat(3, *[1] * len(shape))).chunk(3)
+    permuted = layer(block[order].repeat(3, *[1] * len(shape)))
+    torch.testing.assert_close(permuted, torch.cat([a[order], b[order], c[order]]))
+    with layer.selection.of(torch.tensor([1, 0])):
+        swapped = layer(block.repeat(2, *[1] * len(shape)))
+    torch.testing.assert_close(swapped, torch.cat([b, a]))
+    assert (a - b).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        nn.Linear(31, 17),
+        nn.Linear(31, 17, bias=False),
+        nn.Conv1d(3, 8, 3),
+        nn.Conv2d(4, 8, 3, groups=2, padding=1, padding_mode="reflect"),
+        nn.Conv3d(3, 8, 2, bias=False),
+    ],
+    ids=lambda plain: type(plain).__name__,
+)
+def test_one_member_of_ones_is_the_plain_layer_to_the_bit(plain: nn.Module, randomise: Randomise) -> None:
+    randomise(plain)
+    kinds = {nn.Linear: Rank1Linear, nn.Conv1d: Rank1Conv1d, nn.Conv2d: Rank1Conv2d, nn.Conv3d: Rank1Conv3d}
+    layer = kinds[type(plain)].of(plain, 1, init="ones")  # type: ignore[arg-type]
+    channels = plain.weight.shape[1] * getattr(plain, "groups", 1)
+    x = torch.randn(17, channels, *[7] * (plain.weight.dim() - 2))
+    assert torch.equal(layer(x), plain(x))
+
+
+@pytest.mark.parametrize("case", ["linear 2d", "2d"])
+def test_rows_that_do_not_split_are_refused(case: str, randomise: Randomise) -> None:
+    layer, shape = build(case, 2)
+    name = type(layer).__name__
+    message = f"{name}: 5 rows do not split into 2 members; pass ids, or stack one block of rows per member."
+    with pytest.raises(ValueError, match=message):
+        layer(torch.zeros(5, *shape))
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_linear_layers_of_any_shape_ids_and_dtype(data: st.DataObject) -> None:
+    num_members, size_in, size_out = (data.draw(st.integers(1, 4)) for _ in range(3))
+    middle = data.draw(st.lists(st.integers(1, 3), max_size=2))
+    rows = data.draw(st.integers(1, 9))
+    by_id = data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    layer = Rank1Linear(size_in, size_out, num_members=num_members, init="gaussian").to(dtype)
+    with torch.no_grad():
+        layer.private_bias.active.normal_()
+    x = torch.randn(rows, *middle, size_in).to(dtype)
+    ids = data.draw(st.lists(st.integers(0, num_members - 1), min_size=rows, max_size=rows))
+    if not by_id and rows % num_members:
+        with pytest.raises(ValueError, match=f"{rows} rows do not split into {num_members} members"):
+            layer(x)
+        return
+    members = torch.tensor(ids) if by_id else None
+    with layer.selection.of(members):
+        out = layer(x)
+    assert out.dtype == dtype
+    W, r, s, b = (
+        t.detach().double()
+        for t in (layer.weight, layer.r.table(), layer.s.table(), layer.private_bias.table())
+    )
+    for row, member in enumerate(owners(members, rows, num_members)):
+        weight = W * torch.outer(s[member], r[member])
+        expected = F.linear(x[row].double(), weight, b[member])
+        tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
+        torch.testing.assert_close(out[row].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def nested(num_members: int) -> nn.Module:
+    """Rank-1 layers inside blocks, all with one selection."""
+    layers = [
+        Rank1Conv2d(3, 8, 3, padding=1, num_members=num_members, init="gaussian"),
+        Rank1Conv2d(8, 8, 3, padding=1, groups=4, num_members=num_members, init="gaussian"),
+        Rank1Linear(8, 5, num_members=num_members, init="gaussian"),
+    ]
+    for layer in layers:
+        layer.selection = layers[0].selection
+    body = nn.Sequential(layers[0], nn.ReLU(), nn.Sequential(layers[1], nn.ReLU()))
+    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), layers[2])
+
+
+def test_autocast_keeps_bfloat16_in_and_out_of_every_layer() -> None:
+    network = nested(2)
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.append((inputs[0].dtype, output.dtype))
+
+    for module in network.modules():
+        if isinstance(module, Rank1Layer):
+            module.register_forward_hook(note)
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(4, 3, 5, 5))
+    bf16 = torch.bfloat16
+    assert seen == [(torch.float32, bf16), (bf16, bf16), (bf16, bf16)]
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_one_compilation_serves_all_batch_sizes(grad: bool) -> None:
+    network, counter = nested(2), CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend=counter, fullgraph=True)
+    with torch.set_grad_enabled(grad):
+        for size in (20, 22, 34, 64):  # below 16 torch picks another grouped convolution
+            x = torch.randn(size, 3, 5, 5)
+            torch._dynamo.mark_dynamic(x, 0)
+            torch.testing.assert_close(compiled(x), network(x))
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
