@@ -8,6 +8,8 @@ arguments are options on the command line.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from avalanche.training.plugins import LRSchedulerPlugin
 from avalanche.training.supervised import EWC, Replay
@@ -43,7 +45,7 @@ def replay(body: nn.Module, *, fit: Fit, device: torch.device, memory_size: int 
     return Replay(mem_size=memory_size, **_common(body, fit, device))
 
 
-def _common(body: nn.Module, fit: Fit, device: torch.device) -> dict[str, object]:
+def _common(body: nn.Module, fit: Fit, device: torch.device) -> dict[str, Any]:
     model = TaskModel(MultiHead(body))
     optimizer = torch.optim.SGD(
         model.parameters(), fit.learning_rate, momentum=fit.momentum, weight_decay=fit.weight_decay

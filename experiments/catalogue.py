@@ -60,7 +60,9 @@ def target_of(kind: str, name: str) -> str:
     if ":" in name:
         return name
     if name not in KINDS[kind]:
-        raise InputError(f"unknown {kind} {name!r}; {nearest(name, KINDS[kind])}, or give your own as module:function")
+        raise InputError(
+            f"unknown {kind} {name!r}; {nearest(name, KINDS[kind])}, or give your own as module:function"
+        )
     return KINDS[kind][name]
 
 
@@ -79,7 +81,9 @@ def load(target: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise
-        raise InputError(f"no module {module_name!r} to take {target!r} from; it is looked for in {here} too.") from error
+        raise InputError(
+            f"no module {module_name!r} to take {target!r} from; it is looked for in {here} too."
+        ) from error
     try:
         return getattr(module, attribute)
     except AttributeError as error:
@@ -115,7 +119,11 @@ def _arguments(node: ast.FunctionDef) -> list[tuple[str, str, str | None]]:
     pairs = [*zip(positional, [*missing, *node.args.defaults], strict=True)]
     pairs += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
     return [
-        (argument.arg, ast.unparse(argument.annotation) if argument.annotation else "", default and ast.unparse(default))
+        (
+            argument.arg,
+            ast.unparse(argument.annotation) if argument.annotation else "",
+            default and ast.unparse(default),
+        )
         for argument, default in pairs
     ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ from lifelong_ens.errors import InputError, NonFiniteLossError
 
 EXAMPLES = """
 examples:
-  lifelong-ens compare --stream split_digits --strategies finetune,batch_ensemble,pnn --seeds 3 --out results/digits
-  lifelong-ens compare --stream split_cifar100 --root data --num_tasks 10 --network lenet5 --epochs 20 --out results/cifar
+  lifelong-ens compare --stream split_digits --strategies finetune,batch_ensemble,pnn --seeds 3 --out results/d
+  lifelong-ens compare --stream split_cifar100 --root data --num_tasks 10 --network lenet5 --epochs 20
   lifelong-ens compare --config experiment.yaml --strategies my_module:my_strategy
   lifelong-ens list batch_ensemble
 """
@@ -64,33 +65,54 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare", help="run strategies over a stream and report", epilog=_compare_epilog(), **common
     )
-    compare.add_argument("--config", type=Path, metavar="YAML", help="a file with any of these options by name")
+    compare.add_argument(
+        "--config", type=Path, metavar="YAML", help="a file with any of these options by name"
+    )
     compare.add_argument("--stream", help="name of the stream, or module:function (default: split_digits)")
-    compare.add_argument("--strategies", help="names or module:function, joined by commas (default: finetune,batch_ensemble)")
-    compare.add_argument("--network", help="name of the network, or module:function (default: mlp for digits and MNIST kinds, else lenet5)")
+    compare.add_argument(
+        "--strategies", help="names or module:function, joined by commas (default: finetune,batch_ensemble)"
+    )
+    compare.add_argument(
+        "--network",
+        help="name of the network, or module:function (default: mlp for digits and MNIST kinds, else lenet5)",
+    )
     compare.add_argument("--seeds", help="how many seeds, or a list such as 0,3,7 (default: 1)")
-    compare.add_argument("--out", type=Path, help="folder for records, tables and plots (default: results/STREAM)")
+    compare.add_argument(
+        "--out", type=Path, help="folder for records, tables and plots (default: results/STREAM)"
+    )
     compare.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")
-    compare.add_argument("--force", action="store_true", default=None, help="repeat runs whose records are there")
+    compare.add_argument(
+        "--force", action="store_true", default=None, help="repeat runs whose records are there"
+    )
     _add_debug(compare)
     compare.set_defaults(run=_compare)
 
-    report = commands.add_parser("report", help="make the tables and plots of a folder of records again", **common)
+    report = commands.add_parser(
+        "report", help="make the tables and plots of a folder of records again", **common
+    )
     report.add_argument("out", type=Path, metavar="OUT", help="a folder that compare wrote")
     _add_debug(report)
     report.set_defaults(run=_report)
 
-    names = commands.add_parser("list", help="streams, strategies and networks; with a name, its options", **common)
+    names = commands.add_parser(
+        "list", help="streams, strategies and networks; with a name, its options", **common
+    )
     names.add_argument("name", nargs="?", help="streams, strategies, networks, training, or one name")
     _add_debug(names)
     names.set_defaults(run=_list)
 
     bench = commands.add_parser("bench", help="speed against named peers, in one interleaved run", **common)
-    bench.add_argument("name", choices=["loop"], help="loop: the training loop against Avalanche and a bare loop")
-    bench.add_argument("--repeats", type=int, default=5, help="interleaved repeats; medians are printed (default: 5)")
+    bench.add_argument(
+        "name", choices=["loop"], help="loop: the training loop against Avalanche and a bare loop"
+    )
+    bench.add_argument(
+        "--repeats", type=int, default=5, help="interleaved repeats; medians are printed (default: 5)"
+    )
     bench.add_argument("--images", type=int, default=1024, help="images per task (default: 1024)")
     bench.add_argument("--epochs", type=int, help="epochs per task (default: 8 for the MLP, 4 for LeNet-5)")
-    bench.add_argument("--root", type=Path, help="folder with MNIST/raw (default: scikit-learn's digits at 28x28)")
+    bench.add_argument(
+        "--root", type=Path, help="folder with MNIST/raw (default: scikit-learn's digits at 28x28)"
+    )
     bench.add_argument("--out", type=Path, help="folder for bench_loop.csv and bench_loop_ratios.csv")
     _add_debug(bench)
     bench.set_defaults(run=_bench)
@@ -112,9 +134,17 @@ def _option_lines(target: str) -> list[str]:
     lines = []
     for option in catalogue.describe(target).options:
         default = "" if option.default in (None, "None") else f" (default: {option.default})"
-        wrapped = textwrap.wrap(f"{option.help}{default}", 76) or [""]
-        lines += [f"  --{option.name} {option.type}", *(f"      {line}" for line in wrapped if line)]
+        text = f"{option.help}{default}".replace("``", "")
+        lines.append(f"  --{option.name} {_values(option.type)}".rstrip())
+        lines += [f"      {line}" for line in textwrap.wrap(text, 76)]
     return lines
+
+
+def _values(annotation: str) -> str:
+    """A type as a hint: choices for a literal, nothing for a name that only the source explains."""
+    if annotation.startswith("Literal["):
+        return "|".join(re.findall(r"'([^']*)'", annotation))
+    return "" if annotation[:1].isupper() else annotation
 
 
 def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -47,7 +47,7 @@ def compare(
             returns an Avalanche strategy. The keywords of a ``functools.partial`` go into the record.
         seeds: One run of every strategy for each.
         out: Folder for records, checkpoints, tables and plots; None keeps nothing. A run whose record is there is
-            not repeated, one that was interrupted goes on.
+            not repeated, one that was interrupted goes on, and the tables hold everything in the folder.
         device: ``auto``, or a torch device.
         force: Repeat runs whose records are there.
         progress: Show a bar for every run.
@@ -76,28 +76,29 @@ def run_cells(
     """Run every cell that has no record yet, one after the other; see ``compare``."""
     if not cells:
         raise InputError("nothing to run: name at least one strategy and one seed.")
+    chosen = choose_device(device)
+
+    @functools.lru_cache(maxsize=1)  # the strategies of a seed share its benchmark
+    def benchmark_of(seed: int) -> CLScenario:
+        return make_benchmark(**_taken(make_benchmark, {"seed": seed}))
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if out is None else out)
         check_writable(folder)
-        warm_up(choose_device(device))
-        records, failures = [], []
+        warm_up(chosen)
+        failures = []
         for cell, build in cells:
-            record = None if force else finished_record(cell, folder)
-            if record is None:
-                if force:
-                    discard(cell, folder)
-                try:
-                    record = _run(cell, make_benchmark, build, folder, choose_device(device), progress)
-                except NonFiniteLossError as error:
-                    failures.append(str(error))
-                    continue
-            records.append(record)
-        if not records:
-            raise NonFiniteLossError("; ".join(failures))
-        report = Report.from_records(records)
-        if out is not None:
+            if force:
+                discard(cell, folder)
+            try:
+                if finished_record(cell, folder) is None:
+                    _run(cell, benchmark_of(cell.seed), build, folder, chosen, progress)
+            except NonFiniteLossError as error:
+                failures.append(str(error))
+        report = None if len(failures) == len(cells) else Report.load(folder)
+        if report is not None and out is not None:
             report.write(folder)
-        if failures:
+        if report is None or failures:
             raise NonFiniteLossError("; ".join(failures))
         return report
 
@@ -130,32 +131,31 @@ def warm_up(device: torch.device) -> None:
 
 def _run(
     cell: Cell,
-    make_benchmark: Callable[..., CLScenario],
+    benchmark: CLScenario,
     build: BuildStrategy,
     folder: Path,
     device: torch.device,
     progress: bool,
-) -> dict[str, Any]:
-    benchmark = make_benchmark(**_taken(make_benchmark, {"seed": cell.seed}))
-    offered = {"device": device, "benchmark": benchmark}
-
+) -> None:
     def build_here(seed: int) -> SupervisedTemplate:
-        return build(**_taken(build, {**offered, "seed": seed}))
+        return build(**_taken(build, {"device": device, "benchmark": benchmark, "seed": seed}))
 
     with tqdm(desc=cell.label(), unit="step", disable=None if progress else True, leave=False) as bar:
         run = Run(cell, benchmark, build_here, folder, on_step=bar.update)
-        bar.total = _steps(run)
+        run.resume()
+        per_task = _steps_per_task(run)
+        bar.total = sum(per_task)
+        bar.update(sum(per_task[: len(run.progress.tasks)]))
         record = run.execute()
     if progress:
         _say(record, cell)
-    return record
 
 
-def _steps(run: Run) -> int:
-    """Training steps of a whole run, for the progress bar."""
+def _steps_per_task(run: Run) -> list[int]:
+    """Training steps of every task, for the progress bar."""
     strategy = run.strategy
-    per_epoch = sum(-(-len(one.dataset) // strategy.train_mb_size) for one in run.experiences)  # pyright: ignore
-    return per_epoch * strategy.train_epochs
+    lengths = (len(experience.dataset) for experience in run.experiences)  # pyright: ignore
+    return [-(-length // strategy.train_mb_size) * strategy.train_epochs for length in lengths]
 
 
 def _say(record: Mapping[str, Any], cell: Cell) -> None:
@@ -170,7 +170,9 @@ def _taken(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str
     parameters, already = inspect.signature(function).parameters, _keywords(function)
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {
-        name: value for name, value in offered.items() if (takes_all or name in parameters) and name not in already
+        name: value
+        for name, value in offered.items()
+        if (takes_all or name in parameters) and name not in already
     }
 
 
@@ -180,25 +182,37 @@ def _keywords(function: Any) -> dict[str, Any]:
 
 def _named(stream: Any) -> Named:
     if isinstance(stream, functools.partial):
-        return Named(stream.func.__name__, {key: value for key, value in stream.keywords.items() if key != "seed"})
+        return Named(
+            stream.func.__name__, {key: value for key, value in stream.keywords.items() if key != "seed"}
+        )
     if callable(stream):
         return Named(getattr(stream, "__name__", type(stream).__name__))
     return Named(getattr(stream, "name", type(stream).__name__))
 
 
 def strategy_builder(
-    builder: BuildStrategy, network: Callable[..., nn.Module], network_options: Mapping[str, Any], fit: Fit, **options: Any
+    builder: BuildStrategy,
+    network: Callable[..., nn.Module],
+    network_options: Mapping[str, Any],
+    fit: Fit,
+    **options: Any,
 ) -> BuildStrategy:
-    """A strategy's builder joined with its network, ready for ``run_cells``: the network fits the benchmark's images."""
+    """A strategy's builder joined with its network, made to fit the benchmark's images; for ``run_cells``."""
 
     def build(*, benchmark: Any, seed: int, device: torch.device) -> SupervisedTemplate:
-        shape = getattr(benchmark, "image_shape", None) or tuple(benchmark.streams["train"][0].dataset[0][0].shape)
+        shape = getattr(benchmark, "image_shape", None) or tuple(
+            benchmark.streams["train"][0].dataset[0][0].shape
+        )
         body = network(**_taken(network, {"input_shape": shape}), **network_options)
         try:
             with torch.no_grad():
                 body.eval()(torch.zeros(1, *shape))
         except RuntimeError as error:
-            raise InputError(f"the network does not fit images of {'x'.join(map(str, shape))}: {error}") from error
-        return builder(body.train(), **_taken(builder, {"fit": fit, "seed": seed, "device": device}), **options)
+            raise InputError(
+                f"the network does not fit images of {'x'.join(map(str, shape))}: {error}"
+            ) from error
+        return builder(
+            body.train(), **_taken(builder, {"fit": fit, "seed": seed, "device": device}), **options
+        )
 
     return build

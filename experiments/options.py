@@ -29,7 +29,9 @@ class Owner:
     def types(self) -> dict[str, Any]:
         """The type of every argument that a user can set."""
         hints, names = _hints(self.function), inspect.signature(self.function).parameters
-        return {name: hints.get(name, Any) for name in names if name not in FILLED or name in self.only_dotted}
+        return {
+            name: hints.get(name, Any) for name in names if name not in FILLED or name in self.only_dotted
+        }
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -100,7 +102,9 @@ def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= (
+            _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        )
     return flat
 
 
@@ -109,7 +113,11 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:
-        parsed = parser.parse_args([f"--value={value}"]) if isinstance(value, str) else parser.parse_object({"value": value})
+        parsed = (
+            parser.parse_args([f"--value={value}"])
+            if isinstance(value, str)
+            else parser.parse_object({"value": value})
+        )
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"--{name} {value}: expected {_readable(kind)}.") from error
     return parsed.value
@@ -119,7 +127,11 @@ def _readable(kind: Any) -> str:
     """A type in words: the choices of a literal, else its name."""
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "").replace("collections.abc.", "")
+    return (
+        kind.__name__
+        if isinstance(kind, type)
+        else str(kind).replace("typing.", "").replace("collections.abc.", "")
+    )
 
 
 def make_fit(options: Mapping[str, Any]) -> Fit:

@@ -113,7 +113,11 @@ def _read_config(path: Path | None) -> dict[str, Any]:
 
 
 def _names(value: Any) -> list[str]:
-    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else [str(name) for name in value]
+    names = (
+        [name.strip() for name in value.split(",")]
+        if isinstance(value, str)
+        else [str(name) for name in value]
+    )
     names = [name for name in dict.fromkeys(names) if name]
     if not names:
         raise InputError("--strategies names no strategy.")

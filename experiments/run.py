@@ -114,7 +114,12 @@ class Run:
     """
 
     def __init__(
-        self, cell: Cell, benchmark: CLScenario, build: Build, out: Path, on_step: Callable[[], object] | None = None
+        self,
+        cell: Cell,
+        benchmark: CLScenario,
+        build: Build,
+        out: Path,
+        on_step: Callable[[], object] | None = None,
     ) -> None:
         self.cell, self.benchmark, self.out = cell, benchmark, out
         with _seeded(cell.seed):
@@ -137,12 +142,11 @@ class Run:
         return self.out / "checkpoints" / self.cell.key
 
     def execute(self) -> dict[str, Any]:
-        """Train what is left to train, write the record and return it.
+        """Train what is left to train, write the record and return it; ``resume`` first to go on from a checkpoint.
 
         Raises:
             NonFiniteLossError: A loss was NaN or infinite; the tasks before it are kept as a checkpoint.
         """
-        self.resume()
         try:
             if getattr(self.strategy, "joint", False):
                 if not self.progress.tasks:
@@ -187,7 +191,9 @@ class Run:
         valid = self.benchmark.streams.get("valid")
         held_out = [] if valid is None else [list(valid)[one.current_experience] for one in experiences]
         with _seeded(self.cell.seed * 1_000_003 + task):
-            self.strategy.train(experiences if len(experiences) > 1 else experiences[0], eval_streams=held_out)
+            self.strategy.train(
+                experiences if len(experiences) > 1 else experiences[0], eval_streams=held_out
+            )
         self.progress.task_labels += [label for one in experiences for label in one.task_labels]  # pyright: ignore
         entry = self._measure(task)
         state = self.checkpoints / f"task_{task + 1:04d}.safetensors"
@@ -258,7 +264,9 @@ class Run:
             "sha256": digest,
             "started": self.started,
             "progress": vars(self.progress),
-            "meter": {name: getattr(meter, name) for name in ("flops", "flops_rank1", "saved_bytes", "seconds")},
+            "meter": {
+                name: getattr(meter, name) for name in ("flops", "flops_rank1", "saved_bytes", "seconds")
+            },
         }
         if isinstance(strategy, Strategy):
             checkpoint["classes_per_task"] = strategy.network.classes_per_task

@@ -156,6 +156,7 @@ class MemberNetwork(nn.Module):
         self.body = body
         self.selection = selection
         self.num_members = num_members
+        self.training = body.training
 
     def forward(self, x: Tensor, members: Sequence[int] | None = None, ids: Tensor | None = None) -> Tensor:
         """Show every row to the given members, or each row to one.

@@ -233,7 +233,7 @@ class Strategy(SupervisedTemplate):
         try:
             # closing: when a step fails, the meter's with-blocks inside the generator end here and now
             with closing(self._counted(loader)) as batches:
-                if self._iteration_plugins():
+                if self._iteration_plugins() or not isinstance(loader, BatchLoader):
                     self._epoch_with_callbacks(batches, **kwargs)
                 else:
                     run_epoch(batches, self._loss_of, self.optimisation)

@@ -71,7 +71,12 @@ class ProgressiveNetwork(TaskNetwork):
     frozen_past = True
 
     def __init__(
-        self, body: nn.Module, *, laterals: Kind = "linear", adapter_width: int | None = None, alpha: float = 0.1
+        self,
+        body: nn.Module,
+        *,
+        laterals: Kind = "linear",
+        adapter_width: int | None = None,
+        alpha: float = 0.1,
     ) -> None:
         super().__init__()
         if adapter_width is not None and (laterals != "adapter" or adapter_width < 1):
@@ -134,7 +139,9 @@ def _layers(column: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class ReadingLayer(nn.Module):
     """A layer of a column, with what it reads from the same layer's inputs in the columns before."""
 
-    def __init__(self, layer: nn.Module, lateral: nn.Module | None, name: str, activations: Activations) -> None:
+    def __init__(
+        self, layer: nn.Module, lateral: nn.Module | None, name: str, activations: Activations
+    ) -> None:
         super().__init__()
         self.layer, self.lateral = layer, lateral
         self.name, self.activations = name, activations

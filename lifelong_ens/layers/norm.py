@@ -69,6 +69,7 @@ class MemberLayerNorm(_Affine):
         self.normalized_shape, self.eps = norm.normalized_shape, norm.eps
         self.selection = selection
         self._add_affine(norm, num_members, private=True)
+        self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise over the last axes, then scale and shift each row by its member's numbers."""
@@ -95,6 +96,7 @@ class MemberGroupNorm(_Affine):
         self.num_groups, self.num_channels, self.eps = norm.num_groups, norm.num_channels, norm.eps
         self.selection = selection
         self._add_affine(norm, num_members, private=True)
+        self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each group of channels, then scale and shift each row by its member's numbers."""
@@ -153,6 +155,7 @@ class MemberBatchNorm(_Affine):
                 "MemberBatchNorm: without running statistics and affine rows of its own no member can be told "
                 "from another; exclude this norm, or give it track_running_stats=True."
             )
+        self.train(norm.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each row with its member's statistics, scale and shift it with its member's affine."""

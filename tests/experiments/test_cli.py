@@ -56,7 +56,16 @@ def test_report_makes_the_tables_again(tmp_path, capsys):
 
 
 def test_options_reach_stream_network_strategy_and_training(tmp_path, capsys):
-    options = ["--num_tasks", "2", "--hidden", "[16, 8]", "--batch_ensemble.init", "ones", "--momentum", "0.5"]
+    options = [
+        "--num_tasks",
+        "2",
+        "--hidden",
+        "[16, 8]",
+        "--batch_ensemble.init",
+        "ones",
+        "--momentum",
+        "0.5",
+    ]
     strategies = "finetune,batch_ensemble"
     code, _, _ = run(capsys, "compare", "--strategies", strategies, *options, *QUICK, "--out", tmp_path)
     assert code == 0
@@ -109,7 +118,9 @@ def test_a_user_s_own_strategy_is_one_file_elsewhere(tmp_path, capsys, monkeypat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     name = "my_strategy:frozen_body"
-    code, out, _ = run(capsys, "compare", "--strategies", f"finetune,{name}", *QUICK, "--twice", "true", "--out", "o")
+    code, out, _ = run(
+        capsys, "compare", "--strategies", f"finetune,{name}", *QUICK, "--twice", "true", "--out", "o"
+    )
     assert code == 0
     assert name in out
     runs = pd.read_csv("o/runs.csv")
@@ -132,7 +143,9 @@ def test_avalanche_s_own_strategies_join(tmp_path, capsys):
     assert buffers["experiments.avalanche_strategies:ewc"] >= 2 * 5 * body / 5
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "batch_ensemble"], ["compare", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list"], ["list", "batch_ensemble"], ["compare", "--help"]]
+)
 def test_help_and_list_load_neither_torch_nor_avalanche(arguments):
     code = (
         "import sys\nfrom experiments.cli import main\n"
@@ -158,7 +171,9 @@ def test_own_images_from_the_command_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LIFELONG_ENS_CACHE", str(tmp_path / "cache"))
     root = image_folder(tmp_path / "images")
     options = ["--root", root, "--num_tasks", "2", "--image_size", "16", "--network", "lenet5"]
-    code, out, _ = run(capsys, "compare", "--stream", "image_folder", *options, *QUICK, "--out", tmp_path / "o")
+    code, out, _ = run(
+        capsys, "compare", "--stream", "image_folder", *options, *QUICK, "--out", tmp_path / "o"
+    )
     assert code == 0
     assert "batch_ensemble" in out
 
@@ -188,7 +203,9 @@ BAD = {
 
 @pytest.mark.parametrize(("arguments", "hint"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_line_that_says_what_to_do(tmp_path, capsys, arguments, hint):
-    line = refused(capsys, "compare", "--strategies", "finetune,batch_ensemble", *QUICK, "--out", tmp_path, *arguments)
+    line = refused(
+        capsys, "compare", "--strategies", "finetune,batch_ensemble", *QUICK, "--out", tmp_path, *arguments
+    )
     assert hint in line
 
 
@@ -202,7 +219,17 @@ def test_corrupt_image_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LIFELONG_ENS_CACHE", str(tmp_path / "cache"))
     root = image_folder(tmp_path / "images")
     (root / "train/class2/3.png").write_bytes(b"\x89PNG\r\n\x1a\n not an image")
-    options = ["--stream", "image_folder", "--root", root, "--num_tasks", "2", *QUICK, "--out", tmp_path / "o"]
+    options = [
+        "--stream",
+        "image_folder",
+        "--root",
+        root,
+        "--num_tasks",
+        "2",
+        *QUICK,
+        "--out",
+        tmp_path / "o",
+    ]
     assert "class2/3.png" in refused(capsys, "compare", *options)
 
 
@@ -211,7 +238,17 @@ def test_empty_class_is_named(tmp_path, capsys, monkeypatch):
     root = image_folder(tmp_path / "images")
     for path in (root / "train/class1").iterdir():
         path.unlink()
-    options = ["--stream", "image_folder", "--root", root, "--num_tasks", "2", *QUICK, "--out", tmp_path / "o"]
+    options = [
+        "--stream",
+        "image_folder",
+        "--root",
+        root,
+        "--num_tasks",
+        "2",
+        *QUICK,
+        "--out",
+        tmp_path / "o",
+    ]
     assert "class1" in refused(capsys, "compare", *options)
 
 
@@ -228,9 +265,7 @@ def test_nan_loss_keeps_what_was_finished_and_other_runs(tmp_path, capsys, monke
         original(self, validation)
 
     monkeypatch.setattr(Strategy, "fit_task", explode_in_third_task)
-    line = refused(
-        capsys, "compare", "--strategies", "finetune,batch_ensemble", *QUICK, "--out", tmp_path
-    )
+    line = refused(capsys, "compare", "--strategies", "finetune,batch_ensemble", *QUICK, "--out", tmp_path)
     assert "finetune seed 0" in line
     assert "task 3" in line
     assert "step 2" in line
@@ -261,5 +296,3 @@ def test_debug_shows_where_the_error_was_raised(tmp_path, capsys, caplog):
     code, _, _ = run(capsys, "compare", "--num_tasks", "11", *QUICK, "--out", tmp_path, "--debug")
     assert code == 2
     assert "Traceback" in caplog.text
-
-

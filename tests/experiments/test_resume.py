@@ -14,7 +14,18 @@ import pytest
 from experiments.cli import main
 
 # BatchNorm, momentum and weight decay in all of them; augmentation and dropout-like randomness too
-COMMON = ["--stream", "split_digits", "--network", "resnet20", "--width", "4", "--seeds", "1", "--device", "cpu"]
+COMMON = [
+    "--stream",
+    "split_digits",
+    "--network",
+    "resnet20",
+    "--width",
+    "4",
+    "--seeds",
+    "1",
+    "--device",
+    "cpu",
+]
 COMMON += ["--epochs", "4", "--augment", "flip", "--strategies"]
 
 

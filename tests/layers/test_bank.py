@@ -53,6 +53,8 @@ def test_rows_by_id_by_ids_and_all() -> None:
     everything = torch.cat([first, second])
     assert torch.equal(bank.rows(None), everything)
     assert torch.equal(bank.rows(torch.tensor([2, 0, 2])), everything[[2, 0, 2]])
+    for known in ((0, 1, 2), (1, 2), (2,), (0, 1), (2, 0), (1, 1)):
+        assert torch.equal(bank.rows(known), everything[list(known)])
     for member in range(3):
         assert torch.equal(bank.rows(member), everything[member : member + 1])
     assert (bank.num_members, bank.num_committed) == (3, 2)
@@ -62,6 +64,8 @@ def test_rows_by_id_by_ids_and_all() -> None:
 def test_a_member_that_is_not_there(member: int) -> None:
     with pytest.raises(IndexError, match="the bank holds 3"):
         grown(numbers(2, 3), numbers(1, 3)).row(member)
+    with pytest.raises(IndexError, match="the bank holds 3"):
+        grown(numbers(2, 3), numbers(1, 3)).rows((member, member + 1))
 
 
 @pytest.mark.parametrize("member", [0, 2])

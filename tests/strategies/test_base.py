@@ -94,7 +94,9 @@ def test_fast_weights_have_their_own_learning_rate_and_no_weight_decay(benchmark
     fast = next(group for group in groups if group["weight_decay"] == 0.0)
     assert fast["initial_lr"] == 0.3
     rows = {id(bank) for name, bank in strategy.network.named_parameters() if ".r." in name or ".s." in name}
-    assert all(id(parameter) not in rows for group in groups if group is not fast for parameter in group["params"])
+    assert all(
+        id(parameter) not in rows for group in groups if group is not fast for parameter in group["params"]
+    )
     assert sum(p.numel() for p in fast["params"]) == 64 + 32 + 32 + 24
 
 
@@ -139,7 +141,9 @@ def test_patience_needs_validation_and_goes_back_to_the_best_epoch():
     assert strategy.clock.train_exp_epochs < 20
 
 
-@pytest.mark.parametrize("options", [{"amp": True}, {"clip_norm": 0.1}, {"augment": "flip"}, {"optimizer": "adamw"}])
+@pytest.mark.parametrize(
+    "options", [{"amp": True}, {"clip_norm": 0.1}, {"augment": "flip"}, {"optimizer": "adamw"}]
+)
 def test_every_option_of_training_changes_it_and_still_learns(benchmark, options):
     def weights(fit: Fit) -> torch.Tensor:
         strategy = finetune(body(), fit=fit)

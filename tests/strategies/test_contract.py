@@ -37,7 +37,9 @@ class Spec:
 def conv_net(num_classes: int | None = None) -> Body:
     """A conv net with BatchNorm and a residual connection inside a nested module."""
     torch.manual_seed(0)
-    return Body(nn.Sequential(Block(1, 8), Block(8, 12), nn.AdaptiveAvgPool2d(2), nn.Flatten()), 48, num_classes)
+    return Body(
+        nn.Sequential(Block(1, 8), Block(8, 12), nn.AdaptiveAvgPool2d(2), nn.Flatten()), 48, num_classes
+    )
 
 
 class Block(nn.Module):
@@ -64,7 +66,13 @@ def small_mlp(num_classes: int | None = None) -> Body:
 BODIES = {"mlp": small_mlp, "conv": conv_net}
 # learned numbers of the bodies, of one task's fast weights, of one task's biases, of affine norms; features
 COUNTS = {
-    "mlp": {"body": 64 * 32 + 32 + 32 * 24 + 24, "fast": 64 + 32 + 32 + 24, "bias": 56, "affine": 0, "features": 24},
+    "mlp": {
+        "body": 64 * 32 + 32 + 32 * 24 + 24,
+        "fast": 64 + 32 + 32 + 24,
+        "bias": 56,
+        "affine": 0,
+        "features": 24,
+    },
     "conv": {
         "body": (72 + 16 + 584 + 16) + (864 + 24 + 1308 + 108),
         "fast": (9 + 16 + 9) + (20 + 24 + 20),

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from lifelong_ens import networks
+from lifelong_ens.errors import InputError
+from lifelong_ens.networks.plain import lenet5, mlp, reinitialise, resnet18, resnet20, without_classifier
+
+
+@pytest.mark.parametrize("name", networks.BUILDERS)
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 33, 20)])
+def test_every_builder_gives_features_or_logits(name: str, shape: tuple[int, int, int]) -> None:
+    builder = getattr(networks, name)
+    x = torch.randn(2, *shape)
+    body = builder(input_shape=shape).eval()
+    assert body(x).shape == (2, body.num_features)
+    assert builder(7, input_shape=shape).eval()(x).shape == (2, 7)
+
+
+def test_an_unknown_network_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="resnet19"):
+        _ = networks.resnet19
+
+
+def test_mlp_is_linear_layers_with_relu_between() -> None:
+    network = mlp(3, input_shape=(1, 2, 2), hidden=(5, 4))
+    x = torch.randn(6, 1, 2, 2)
+    first, second = (layer for layer in network.features if isinstance(layer, nn.Linear))
+    assert (first.in_features, second.out_features) == (4, 4)
+    hidden = torch.relu(second(torch.relu(first(x.flatten(1)))))
+    torch.testing.assert_close(network(x), network.fc(hidden))
+
+
+@pytest.mark.parametrize("shape", [(1, 15, 16), (1, 16, 15), (3, 8, 8)])
+def test_lenet5_says_what_does_not_fit(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(InputError, match=f"at least 16x16, these are {shape[1]}x{shape[2]}.*--image_size 32"):
+        lenet5(input_shape=shape)
+
+
+@pytest.mark.parametrize(("builder", "strides"), [(resnet18, 8), (resnet20, 4)])
+def test_residual_networks_halve_between_stages(builder, strides: int) -> None:
+    network = builder(width=4).eval()
+    before_pooling = network.features[:-2](torch.randn(1, 3, 32, 32))
+    assert before_pooling.shape[2:] == (32 // strides, 32 // strides)
+    assert network.features[-2:](before_pooling).shape == (1, network.num_features)
+
+
+def test_a_block_adds_its_shortcut() -> None:
+    block = resnet20(width=4).features[6].eval()
+    assert isinstance(block.shortcut, nn.Sequential)
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(2, 4, 8, 8)
+    torch.testing.assert_close(block(x), torch.relu(block.shortcut(x)))
+
+
+def test_the_classifier_makes_way_for_features() -> None:
+    with torch.device("meta"):
+        network = torchvision.models.resnet18(num_classes=9)
+        transformer = torchvision.models.vit_b_16()
+    body = without_classifier(network)
+    assert (body.num_features, type(body.fc)) == (512, nn.Identity)
+    assert body(torch.zeros(2, 3, 64, 64, device="meta")).shape == (2, 512)
+    assert without_classifier(body) is body
+    assert isinstance(without_classifier(transformer).heads.head, nn.Identity)
+    assert transformer.num_features == 768
+
+
+def test_a_network_without_linear_layer_is_an_error() -> None:
+    with pytest.raises(InputError, match="Sequential has no linear layer to take off"):
+        without_classifier(nn.Sequential(nn.Conv2d(1, 1, 1)))
+
+
+def test_all_weights_are_drawn_anew() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    network = nn.Sequential(resnet20(3, width=4), layer)
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.fill_(5)
+    before = copy.deepcopy(network.state_dict())
+    assert reinitialise(network) is network
+    for name, tensor in network.state_dict().items():
+        assert (tensor != before[name]).all(), name
+    assert float(network[0].features[1].running_var[0]) == 1
