@@ -127,6 +127,20 @@ class StreamDataset(TaskAwareSupervisedClassificationDataset):
             return *resolved.parts[0].batch(index, device), task_labels
         return *_gather(resolved, index, device), task_labels
 
+    def batches(
+        self, order: Tensor, batch_size: int, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What ``batch`` gives for the samples in this order, ``(n,)``, at most ``batch_size`` at a time."""
+        resolved = self._resolve()
+        if resolved is None or len(resolved.parts) > 1:
+            for index in order.split(batch_size):
+                yield self.batch(index, device)
+            return
+        task_labels = resolved.task_labels[order].to(device, non_blocking=True).split(batch_size)
+        images = resolved.parts[0].subset(order).batches(batch_size, device)
+        for (x, y), batch_task_labels in zip(images, task_labels, strict=True):
+            yield x, y, batch_task_labels
+
     def _one_by_one(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         samples = [self[i] for i in index.tolist()]
         images = torch.stack([torch.as_tensor(sample[0]) for sample in samples])

@@ -67,6 +67,7 @@ def test_torchvision_networks_with_members(name: str, randomise: Randomise) -> N
     before = {key: tensor.clone() for key, tensor in original.state_dict().items()}
     types = [type(module) for module in original.modules()]
     ensemble = batch_ensemble(original, NUM_MEMBERS, init="gaussian")
+    assert not any(module.training for module in ensemble.modules())
 
     kept = dict(ensemble.body.named_parameters())
     weights = [key for key in before if key in kept]
@@ -253,7 +254,7 @@ def test_include_and_exclude(include: Any, exclude: Any, expected: set[str], cap
 @pytest.mark.parametrize("include", [["nothing"], [nn.Conv3d], [lambda name, module: False], []])
 def test_nothing_matched_is_an_error(include: Any) -> None:
     with pytest.raises(
-        InputError, match="nothing in Body matched.*Conv2d, Linear.*check include and exclude"
+        InputError, match=r"nothing in Body matched.*Conv2d, Linear.*check include and exclude"
     ):
         batch_ensemble(lenet5(10), 2, include=include)
 
@@ -309,13 +310,13 @@ def test_a_weight_that_a_hook_computes_stays_and_is_named(caplog: Any) -> None:
 
 def test_attention_with_rows_on_the_second_axis_is_an_error() -> None:
     with pytest.raises(
-        InputError, match="0: nn.MultiheadAttention has its rows on axis 1; build it with batch_first"
+        InputError, match=r"0: nn.MultiheadAttention has its rows on axis 1; build it with batch_first"
     ):
         batch_ensemble(nn.Sequential(nn.MultiheadAttention(4, 2)), 2)
 
 
 def test_a_batch_norm_with_a_cumulative_average_is_an_error() -> None:
-    with pytest.raises(InputError, match="1: MemberBatchNorm.*momentum=None"):
+    with pytest.raises(InputError, match=r"1: MemberBatchNorm.*momentum=None"):
         batch_ensemble(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, momentum=None)), 2)
 
 
@@ -368,7 +369,7 @@ def test_torchs_fused_encoder_does_not_bypass_the_members(
     include: Any, norm_first: bool, padded: bool, randomise: Randomise
 ) -> None:
     original = randomise(encoder(norm_first))
-    body, selection = convert(original, 3, include=include, init="gaussian")
+    body, _ = convert(original, 3, include=include, init="gaussian")
     fill_members(body)
     body.eval()
     x = torch.randn(2, 5, 8)
@@ -394,7 +395,7 @@ def test_an_exported_encoder_may_be_fused_again(randomise: Randomise) -> None:
 
 def test_a_decoder_attends_across_with_members(randomise: Randomise) -> None:
     layer = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    body, selection = convert(randomise(layer), 2, init="gaussian")
+    body, _ = convert(randomise(layer), 2, init="gaussian")
     fill_members(body)
     assert sum(isinstance(module, Rank1MultiheadAttention) for module in body.modules()) == 2
     target, memory = torch.randn(2, 3, 8), torch.randn(2, 5, 8)

@@ -111,8 +111,9 @@ class _Dispatch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        if packet not in flop_registry and func is not torch.ops.prim.device.default:
-            # inference mode shows composite operations whole
+        # inference mode shows composite operations whole; elsewhere autograd has taken them apart before
+        composite = torch.is_inference_mode_enabled() and func is not torch.ops.prim.device.default
+        if composite and packet not in flop_registry:
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:

@@ -49,7 +49,9 @@ class Fit:
         for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("weight_decay", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is at least {least}, not {getattr(self, name)}.")
-        if self.learning_rate <= 0:
-            raise InputError(f"learning_rate is above 0, not {self.learning_rate}.")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} is above 0, not {value}.")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience is at least 1 epoch, not {self.patience}.")

@@ -105,11 +105,11 @@ def mean_loss(losses: list[Tensor]) -> float:
     if not losses:
         return math.nan
     stacked = torch.stack(losses)
-    finite = torch.isfinite(stacked)
-    if not bool(finite.all()):
+    mean = float(stacked.mean())
+    if not math.isfinite(mean) and not bool((finite := torch.isfinite(stacked)).all()):
         step = int((~finite).nonzero()[0]) + 1
         raise NonFiniteLossError(f"the loss is {stacked[step - 1].item()} at step {step} of {len(losses)}")
-    return float(stacked.mean())
+    return mean
 
 
 class EarlyStopping:

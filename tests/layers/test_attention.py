@@ -183,14 +183,14 @@ def test_frozen_weights_stay_frozen(randomise: Randomise) -> None:
     "options", [{}, {"add_bias_kv": True, "batch_first": True}, {"add_zero_attn": True, "batch_first": True}]
 )
 def test_what_has_no_form_with_members_is_refused(options: dict[str, bool]) -> None:
-    with pytest.raises(ValueError, match="batch_first=True|add_bias_kv"):
+    with pytest.raises(ValueError, match=r"batch_first=True|add_bias_kv"):
         Rank1MultiheadAttention(nn.MultiheadAttention(WIDTH, HEADS, **options), 2)
 
 
 def test_rows_without_a_batch_axis_and_a_causal_hint_without_mask_are_refused(randomise: Randomise) -> None:
     attention, plain = build("packed", randomise)
     query = inputs(plain)[0]
-    with pytest.raises(ValueError, match="expected \\(batch, L, E\\)"):
+    with pytest.raises(ValueError, match=r"expected \(batch, L, E\)"):
         attention(query[0], query[0], query[0])
     with pytest.raises(ValueError, match="pass the mask"):
         attention(*[torch.cat([query] * 3)] * 3, is_causal=True)

@@ -155,7 +155,7 @@ def test_without_running_statistics_each_member_uses_its_own_rows(randomise: Ran
     x = torch.randn(9, CHANNELS, 3, 3)
     out = norm(x)
     for member in range(NUM_MEMBERS):
-        rows = BLOCKS == member
+        rows = member == BLOCKS
         torch.testing.assert_close(out[rows], norm.export(member)(x[rows]))
 
 

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
     folder = tmp_path / "image_cache"
     monkeypatch.setenv("LIFELONG_ENS_CACHE", str(folder))
     return folder
-
-
-@pytest.fixture(scope="session")
-def unpacked(tmp_path_factory):
-    """Returns a function from a set's name to the folder with its first ten classes."""
-    data = Path(os.environ.get("LIFELONG_ENS_DATA", REPOSITORY.parent / "shared" / "data"))
-    folders: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if not (data / "unpack").is_file():
-            pytest.skip(f"no image sets in {data}; set LIFELONG_ENS_DATA")
-        if name not in folders:
-            folder = tmp_path_factory.mktemp(name)
-            command = [sys.executable, str(data / "unpack"), name, str(folder), "--classes", "10"]
-            subprocess.run(command, check=True)
-            folders[name] = folder
-        return folders[name]
-
-    return get
 
 
 def save_image(path: Path, seed: int, size=(8, 8), mode="RGB") -> None:
