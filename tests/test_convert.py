@@ -205,6 +205,12 @@ def test_double_precision_is_kept(randomise: Randomise) -> None:
     assert relative(ensemble.export_member(1)(x), ensemble(x)[1]) < 1e-12
 
 
+def test_an_exported_member_is_on_the_device_of_the_ensemble() -> None:
+    network = nn.ModuleList([lenet_with_norm(), encoder()])
+    exported = batch_ensemble(network, 2).to("meta").export_member(1)
+    assert {tensor.device.type for tensor in exported.state_dict().values()} == {"meta"}
+
+
 def test_the_dry_run_lists_every_module_with_tensors() -> None:
     network = torchvision_network("resnet18")
     plan = plan_conversion(network)

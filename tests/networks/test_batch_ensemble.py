@@ -179,6 +179,11 @@ def test_export_gives_a_plain_network(options: dict[str, Any]) -> None:
             torch.testing.assert_close(plain(images()), members[member], rtol=1e-5, atol=1e-6)
 
 
+def test_export_stays_on_its_device() -> None:
+    plain = learnt().to("meta").export_task(1)
+    assert {tensor.device.type for tensor in plain.state_dict().values()} == {"meta"}
+
+
 def test_export_keeps_the_precision() -> None:
     network = learnt().double().eval()
     x = images().double()
