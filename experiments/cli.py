@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--repeats", type=int, default=5, help="interleaved repeats; medians are printed (default: 5)"
     )
     bench.add_argument("--images", type=int, default=1024, help="images per task (default: 1024)")
-    bench.add_argument("--epochs", type=int, help="epochs per task (default: 8 for the MLP, 4 for LeNet-5)")
+    bench.add_argument("--epochs", type=int, help="epochs per task (default: 16 for the MLP, 8 for LeNet-5)")
     bench.add_argument(
         "--root", type=Path, help="folder with MNIST/raw (default: scikit-learn's digits at 28x28)"
     )

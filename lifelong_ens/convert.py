@@ -211,16 +211,16 @@ def append_members(body: nn.Module, num_members: int, init: str) -> None:
         body: A network from ``convert``.
         num_members: How many to add.
         init: How fast weights start, as in ``batch_ensemble``, or ``previous``: all private numbers as copies
-            of the last member's. Otherwise biases and norms start as the first member's, beside whom the
+            of as many last members'. Otherwise biases and norms start as the first member's, beside whom the
             shared weights were trained.
     """
     for bank in banks(body):
-        last = bank.num_members - 1
-        if init != "previous" and bank.component == "fast_weights":
+        if init == "previous":
+            rows = bank.table()[-num_members:]
+        elif bank.component == "fast_weights":
             rows = fast_weights(init, num_members, bank.committed.shape[1])
         else:
-            source = bank.row(last if init == "previous" else 0)
-            rows = source.expand(num_members, *source.shape)
+            rows = bank.row(0).expand(num_members, *bank.committed.shape[1:])
         bank.append(rows)
 
 

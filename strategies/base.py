@@ -259,6 +259,8 @@ class Strategy(SupervisedTemplate):
         with self.optimisation.precision(self.device):
             logits = self._member_logits(self.mb_x, self._task())
         self._mb_logits = logits
+        if logits.dim() == 2:
+            return logits
         return logits[0] if len(logits) == 1 else logits.mean(dim=0)
 
     def criterion(self) -> Tensor:
@@ -341,15 +343,16 @@ class Strategy(SupervisedTemplate):
         return _translate(self.mb_task_id, tasks) if self._task_label is None else tasks[self._task_label]
 
     def _member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:
-        run = self._compiled if self._compiled is not None and self.meter.measured else self.network.member_logits
-        return run(x, task)
+        """``(members, batch, classes)``, or ``(batch, classes)`` where the network cannot have but one member."""
+        if self._compiled is not None and self.meter.measured:
+            return self._compiled(x, task)
+        # putting an axis on and taking it off again is 2 % of a small network's step
+        one = type(self.network).member_logits is TaskNetwork.member_logits
+        return self.network(x, task) if one else self.network.member_logits(x, task)
 
     def _loss_of(self, batch: Batch) -> Tensor:
         self.mbatch = batch
         with self.optimisation.precision(self.device):
-            if self._compiled is None and type(self.network).member_logits is TaskNetwork.member_logits:
-                # one member: adding its axis and taking it off again is 2 % of a small network's step
-                return F.cross_entropy(self.network(batch[0], self._task()).float(), batch[1])
             return member_loss(self._member_logits(batch[0], self._task()), batch[1])
 
     def _counted(self, batches: Any) -> Iterator[Batch]:
@@ -380,7 +383,12 @@ def silent_evaluator() -> EvaluationPlugin:
 
 
 def member_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy, mean over members and rows: logits ``(members, batch, classes)``, labels ``(batch,)``."""
+    """Cross entropy, mean over members and rows: logits ``(members, batch, classes)``, labels ``(batch,)``.
+
+    The logits of one member may come without its axis.
+    """
+    if logits.dim() == 2:
+        return F.cross_entropy(logits.float(), labels)
     members = len(logits)
     return F.cross_entropy(logits.flatten(0, 1).float(), labels if members == 1 else labels.repeat(members))
 

@@ -61,8 +61,8 @@ class BatchEnsembleNetwork(TaskNetwork):
         self.body, self.selection = convert(
             body,
             members_per_task,
-            # one member cannot tell itself from a copy, so where a first task starts decides nothing
-            init="ones" if init == "previous" else init,
+            # the first task has none to copy; members that started alike would stay alike
+            init=("ones" if members_per_task == 1 else "random_sign") if init == "previous" else init,
             norm="shared" if norm == "shared_frozen" else norm,
             bias=bias,
             implicit_first=first_task == "shared",

@@ -62,4 +62,5 @@ class ImageData:
         for rows, batch_labels in zip(self.rows.split(batch_size), labels, strict=True):
             pixels = self.images.index_select(0, rows).to(device, non_blocking=True)
             images = pixels.float().sub_(mean).div_(std)
-            yield images if self.transform is None else self.transform(images), batch_labels
+            # labels of their own: what autograd keeps of them is measured by their storage
+            yield images if self.transform is None else self.transform(images), batch_labels.clone()

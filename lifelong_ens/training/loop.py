@@ -52,7 +52,9 @@ class Optimisation:
 
     def step(self, loss: Tensor) -> None:
         """Backward, then ``update``."""
-        self.optimizer.zero_grad(set_to_none=True)
+        # what zero_grad does, without its bookkeeping, which is 1 % of a small network's step
+        for parameter in self.parameters:
+            parameter.grad = None
         loss.backward()
         self.update()
 

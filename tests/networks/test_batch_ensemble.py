@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from lifelong_ens.errors import InputError
-from lifelong_ens.layers.bank import Bank
+from lifelong_ens.layers.bank import Bank, banks
 from lifelong_ens.networks.batch_ensemble import BatchEnsembleNetwork
-from lifelong_ens.networks.plain import Body, resnet20
+from lifelong_ens.networks.plain import Body, mlp, resnet20
 
 POLICIES = ["statistics_only", "per_member", "shared_frozen"]
 SIZES = [3, 5, 2]
@@ -294,3 +294,13 @@ def test_one_compilation_serves_all_batch_sizes_of_a_task(members: int) -> None:
         compiled(x, 2)
     torch._dynamo.reset()
     assert counter.frame_count == 1
+
+
+def test_previous_copies_member_by_member_so_that_a_tasks_members_stay_different():
+    network = BatchEnsembleNetwork(mlp(input_shape=(1, 4, 4), hidden=(8,)), init="previous", members_per_task=3)
+    network.regrow([2, 2])
+    for bank in banks(network.body):
+        table = bank.table()
+        assert torch.equal(table[:3], table[3:])
+        if bank.component == "fast_weights":
+            assert len(table[:3].unique(dim=0)) == 3

@@ -124,6 +124,21 @@ def test_stores_and_transforms_mix():
     assert joined.batch(torch.arange(6))[2].tolist() == [2, 0, 1, 0, 2, 1]
 
 
+def test_batches_are_those_of_single_reads(benchmark):
+    whole = benchmark.train_stream[0].dataset.concat(benchmark.train_stream[1].dataset)
+    other = StreamDataset.from_images(image_data(store(20, seed=2), range(5, 15)), 2)
+    transformed = benchmark.train_stream[0].dataset.replace_current_transform_group((torch.neg, None))
+    for dataset in (whole, whole.concat(other), transformed):
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[:8]
+        batches = list(dataset.batches(order, 3))
+        assert [len(labels) for _, labels, _ in batches] == [3, 3, 2]
+        for (images, labels, tasks), index in zip(batches, order.split(3), strict=True):
+            expected = dataset.batch(index)
+            assert torch.equal(images, expected[0])
+            assert torch.equal(labels, expected[1])
+            assert torch.equal(tasks, expected[2])
+
+
 def test_an_avalanche_transform_is_respected(benchmark):
     dataset = benchmark.train_stream[0].dataset.replace_current_transform_group((torch.neg, None))
     plain = benchmark.train_stream[0].dataset
