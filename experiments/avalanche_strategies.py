@@ -18,7 +18,8 @@ from torch import nn
 
 from lifelong_ens.networks.task import MultiHead
 from lifelong_ens.training.fit import Fit
-from strategies.base import TaskModel, silent_evaluator
+from strategies.base import silent_evaluator
+from strategies.model import TaskModel
 
 
 def ewc(body: nn.Module, *, fit: Fit, device: torch.device, ewc_lambda: float = 1000.0) -> SupervisedTemplate:

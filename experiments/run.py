@@ -26,8 +26,9 @@ from lifelong_ens.errors import DamagedFileError, InputError, NonFiniteLossError
 from lifelong_ens.metrics.uncertainty import disagreement, ensemble_log_probs, nll, predictive_entropy
 from lifelong_ens.report.records import SCHEMA, check_record
 from lifelong_ens.store import read_json, read_tensors, tensors_sha256, write_json, write_tensors
-from strategies.base import Strategy, predict
+from strategies.base import Strategy
 from strategies.costs import component_sizes, forward_cost, metered, network_of
+from strategies.evaluation import predict
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from strategies.base import Strategy, TaskModel
+    from strategies.base import Strategy
     from strategies.baselines import finetune, independent, joint
     from strategies.batch_ensemble import batch_ensemble_lifelong
+    from strategies.model import TaskModel
     from strategies.progressive import pnn
 
 # the name on the command line -> where its builder is
@@ -37,9 +38,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is first asked for."""
-    if name in ("Strategy", "TaskModel"):
-        return getattr(import_module("strategies.base"), name)
-    for target in BUILDERS.values():
+    for target in ("strategies.base:Strategy", "strategies.model:TaskModel", *BUILDERS.values()):
         module, _, function = target.partition(":")
         if function == name:
             return getattr(import_module(module), function)

@@ -19,7 +19,8 @@ from lifelong_ens.accounting.components import Size, optimizer_size, sizes
 from lifelong_ens.accounting.flops import FlopMeter, forward_flops
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.errors import NonFiniteLossError
-from strategies.base import Strategy, TaskModel
+from strategies.base import Strategy
+from strategies.model import TaskModel
 
 
 class CostPlugin(SupervisedPlugin):

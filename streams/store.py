@@ -89,7 +89,13 @@ def decode(plan: Plan, name: str) -> Iterator[tuple[int, np.ndarray]]:
     """Blocks of decoded images, each with the number of images before it; a progress bar if it takes long."""
     done = 0
     with tqdm(
-        total=len(plan.labels), desc=f"decode {name}", unit="image", delay=2, leave=False, disable=None, file=sys.stderr
+        total=len(plan.labels),
+        desc=f"decode {name}",
+        unit="image",
+        delay=2,
+        leave=False,
+        disable=None,
+        file=sys.stderr,
     ) as bar:
         for block in plan.blocks():
             yield done, block

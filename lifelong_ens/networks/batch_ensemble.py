@@ -93,9 +93,10 @@ class BatchEnsembleNetwork(TaskNetwork):
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
         """See ``TaskNetwork.forward``; with several members, the logarithm of their mean probability."""
+        if self.members_per_task == 1:
+            with self.selection.of(task):
+                return self.heads(self.body(x), task)
         logits = self.member_logits(x, task)
-        if len(logits) == 1:
-            return logits[0]
         return torch.logsumexp(torch.log_softmax(logits, dim=-1), dim=0) - math.log(len(logits))
 
     def member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:

@@ -23,9 +23,11 @@ class TaskNetwork(nn.Module):
     Attributes:
         classes_per_task: How many classes each task has, in the order in which they came.
         frozen_past: Whether outputs for earlier tasks stay the same to the bit while later ones are learnt.
+        members_per_task: How many members a task holds; with more than one, a subclass gives ``member_logits``.
     """
 
     frozen_past = False
+    members_per_task = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +61,7 @@ class TaskNetwork(nn.Module):
         """
 
     def member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """Logits of each member that a task holds, ``(members, batch, classes)``; most networks hold one."""
+        """Logits of each member that a task holds, ``(members, batch, classes)``."""
         return self(x, task).unsqueeze(0)
 
     def finish_task(self) -> None:

@@ -297,7 +297,9 @@ def test_one_compilation_serves_all_batch_sizes_of_a_task(members: int) -> None:
 
 
 def test_previous_copies_member_by_member_so_that_a_tasks_members_stay_different():
-    network = BatchEnsembleNetwork(mlp(input_shape=(1, 4, 4), hidden=(8,)), init="previous", members_per_task=3)
+    network = BatchEnsembleNetwork(
+        mlp(input_shape=(1, 4, 4), hidden=(8,)), init="previous", members_per_task=3
+    )
     network.regrow([2, 2])
     for bank in banks(network.body):
         table = bank.table()

@@ -13,7 +13,7 @@ from lifelong_ens.errors import InputError, NonFiniteLossError
 from lifelong_ens.networks.plain import mlp
 from lifelong_ens.training.fit import Fit
 from strategies import Strategy, batch_ensemble_lifelong, finetune, joint
-from strategies.base import accuracy, predict
+from strategies.evaluation import accuracy, predict
 from streams import split_digits
 
 FIT = Fit(epochs=2, batch_size=32)

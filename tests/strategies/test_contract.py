@@ -16,7 +16,8 @@ from lifelong_ens.accounting.components import sizes
 from lifelong_ens.networks.plain import Body, mlp
 from lifelong_ens.training.fit import Fit
 from strategies import batch_ensemble_lifelong, finetune, independent, joint, pnn
-from strategies.base import Strategy, accuracy
+from strategies.base import Strategy
+from strategies.evaluation import accuracy
 from streams import split_digits
 
 FIT = Fit(epochs=6, batch_size=32, learning_rate=0.05, momentum=0.9, weight_decay=5e-3)

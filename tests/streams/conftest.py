@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
     folder = tmp_path / "image_cache"

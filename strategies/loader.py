@@ -1,0 +1,77 @@
+"""Batches of a stream's images, gathered whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from avalanche.benchmarks import CLExperience, DatasetExperience
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lifelong_ens.training.augment import Augmentation, augment
+
+Batch = list[Tensor]
+
+
+class BatchLoader:
+    """Whole batches of a dataset, gathered at once, augmented on the device; one pass each time it is iterated.
+
+    Args:
+        dataset: One of our stream's datasets, or anything that Avalanche made of it.
+        batch_size: Images per batch; the last may be smaller.
+        device: Where the batches go.
+        seed: Of the order and of the augmentation; None for the dataset's order as it is.
+        augmentation: As in ``Fit``.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        device: torch.device,
+        seed: int | None = None,
+        augmentation: Augmentation = "none",
+    ) -> None:
+        self.dataset, self.batch_size, self.device = dataset, batch_size, device
+        self.shuffled = seed is not None
+        self.augmentation: Augmentation = augmentation
+        # the order is drawn on the CPU, so that it is the same on every device; augmentation where the images are
+        self.order_generator = torch.Generator().manual_seed(seed or 0)
+        self.image_generator = torch.Generator(device).manual_seed(seed or 0)
+        labels = dataset.targets_task_labels.uniques
+        # rows of one task need no look at their labels
+        self.task_label: int | None = next(iter(labels)) if len(labels) == 1 else None
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.dataset) / self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        count = len(self.dataset)
+        order = (
+            torch.randperm(count, generator=self.order_generator) if self.shuffled else torch.arange(count)
+        )
+        for x, y, task_labels in self.dataset.batches(order, self.batch_size, self.device):
+            yield [augment(x, self.augmentation, self.image_generator), y, task_labels]
+
+
+def evaluation_batches(dataset: Any, batch_size: int, device: torch.device) -> Iterable[Batch]:
+    """Batches in the dataset's order, gathered whole where it can do that."""
+    if hasattr(dataset, "batch"):
+        return BatchLoader(dataset, batch_size, device)
+    loader = DataLoader(dataset.eval(), batch_size, collate_fn=dataset.collate_fn)
+    return ([part.to(device) for part in batch] for batch in loader)
+
+
+def together(experiences: Iterable[CLExperience]) -> CLExperience:
+    """All experiences as one, whose samples keep their task labels."""
+    parts = list(experiences)
+    dataset = parts[0].dataset  # pyright: ignore
+    for part in parts[1:]:
+        dataset = dataset.concat(part.dataset)  # pyright: ignore
+    together = DatasetExperience(dataset=dataset, current_experience=0)
+    together.task_labels = sorted({label for part in parts for label in part.task_labels})  # pyright: ignore
+    together._origin_stream = parts[0].origin_stream  # pyright: ignore
+    return together
