@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import catalogue
-from lifelong_ens.errors import InputError, NonFiniteLossError
+from lifelong_ens.errors import InputError, NonFiniteLossError, nearest
 
 EXAMPLES = """
 examples:
@@ -161,7 +161,7 @@ def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
             return
     if name is not None and name not in plurals:
         known = [*plurals, "training", *(one for builders in catalogue.KINDS.values() for one in builders)]
-        raise InputError(f"nothing is called {name!r}; {catalogue.nearest(name, known)}")
+        raise InputError(f"nothing is called {name!r}; {nearest(name, known)}")
     for plural, kind in plurals.items():
         if name in (None, plural):
             print(f"{plural}:")
