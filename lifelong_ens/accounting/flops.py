@@ -29,8 +29,8 @@ class FlopMeter:
     Attributes:
         by_component: Forward FLOPs of each component; rank-1 products under ``fast_weights``.
         backward: FLOPs of the backward passes, rank-1 products left out.
-        rank1_forward: FLOPs of the products ``x * r`` and ``y * s``.
-        rank1_backward: FLOPs of their gradients: one per element towards the input, two towards the vector.
+        rank1_forward: FLOPs of the products with r and s, on activations or on the weight.
+        rank1_backward: FLOPs of their gradients.
 
     Args:
         network: Its modules say which component an operation belongs to.
@@ -86,17 +86,33 @@ class FlopMeter:
         return handles
 
     def _count_rank1(self, layer: Rank1Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        forward = inputs[0].numel() + output.numel()
+        count = _merged if layer.merges(inputs[0]) else _scaled
+        forward, backward = count(layer, inputs[0], output)
         self.rank1_forward += forward
         self.by_component["fast_weights"] += forward
-        if not torch.is_grad_enabled():
-            return
-        for bank, tensor, towards_input in (
-            (layer.r, inputs[0], inputs[0].requires_grad),
-            (layer.s, output, output.requires_grad),
-        ):
-            learns = bank.active is not None and bank.active.requires_grad
-            self.rank1_backward += tensor.numel() * (2 * learns + towards_input)
+        self.rank1_backward += backward if torch.is_grad_enabled() else 0
+
+
+def _scaled(layer: Rank1Layer, x: Tensor, y: Tensor) -> tuple[int, int]:
+    """``x * r`` and ``y * s``: one product per element; backward one towards the input, two towards the vector."""
+    backward = 0
+    for bank, tensor in ((layer.r, x), (layer.s, y)):
+        learns = bank.active is not None and bank.active.requires_grad
+        backward += tensor.numel() * (2 * learns + tensor.requires_grad)
+    return x.numel() + y.numel(), backward
+
+
+def _merged(layer: Rank1Layer, x: Tensor, y: Tensor) -> tuple[int, int]:
+    """``W * (s r^T)``: the outer product and one product per weight.
+
+    Backward, the gradient of the product is multiplied by W and summed over the kernel, then by r and by s, and by
+    ``s r^T`` where W learns too.
+    """
+    weight = layer.get_parameter("weight")
+    outer = weight.shape[0] * weight.shape[1]
+    learns = layer.r.active is not None and layer.r.active.requires_grad
+    backward = (2 * weight.numel() + 4 * outer) * learns + weight.numel() * weight.requires_grad
+    return outer + weight.numel(), backward
 
 
 class _Dispatch(TorchDispatchMode):

@@ -67,6 +67,17 @@ class Rank1Layer(nn.Module):
         """Lengths of one member's ``r`` and ``s``."""
         raise TypeError(f"{type(self).__name__} does not say how long its fast weights are.")
 
+    def merges(self, x: Tensor) -> bool:
+        """Whether ``s r^T`` is folded into the weight for this input instead of scaling activations.
+
+        In training one member, where no gradient flows back to ``x``: then the gradient of r needs none towards
+        the input, which a first convolution would compute for nothing else. And where the weight, which folding
+        touches once, is no larger than the input, which scaling touches. Never in evaluation: what is frozen
+        answers the same to the bit, whichever tensors happen to need gradients.
+        """
+        one_in_training = self.training and isinstance(self.selection.members, int)
+        return one_in_training and not x.requires_grad and x.numel() >= self.get_parameter("weight").numel()
+
     def scale_input(self, x: Tensor) -> Tensor:
         """``x * r``, each row by its member's vector."""
         rows = per_row(self.r.rows(self.selection.members), len(x), self)
@@ -140,6 +151,9 @@ class Rank1Linear(Rank1Layer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, ..., in_features)`` to ``(batch, ..., out_features)``."""
+        members = self.selection.members
+        if isinstance(members, int) and self.merges(input):
+            return F.linear(input, self.member_weight(members), self.member_bias(members))
         return self.scale_output(F.linear(self.scale_input(input), self.weight))
 
     def export(self, member: int) -> nn.Linear:
@@ -181,6 +195,10 @@ class _Rank1Conv(Rank1Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in_channels, ...)`` to ``(batch, out_channels, ...)``."""
+        members = self.selection.members
+        if isinstance(members, int) and self.merges(input):
+            weight, bias = self.member_weight(members), self.member_bias(members)
+            return self._conv_forward(input, weight, bias)  # pyright: ignore
         x = self.scale_input(input)
         return self.scale_output(self._conv_forward(x, self.weight, None))  # pyright: ignore
 

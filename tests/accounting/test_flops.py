@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lifelong_ens.accounting.flops import FlopMeter, forward_flops
 from lifelong_ens.convert import batch_ensemble, convert
-from lifelong_ens.layers.rank1 import Rank1Layer
+from lifelong_ens.layers.rank1 import Rank1Conv2d, Rank1Layer
 from lifelong_ens.networks.batch_ensemble import BatchEnsembleNetwork
 from lifelong_ens.networks.plain import lenet5, mlp, resnet20
 from lifelong_ens.networks.task import Independent, MultiHead
@@ -219,3 +219,16 @@ def test_a_members_forward_pass_in_training_leaves_rank1_gradients_of_committed_
     ins, outs, first = rank1_sizes()
     # towards the activations only
     assert meter.rank1_backward == ROWS * (ins - first + outs)
+
+
+def test_folding_rank1_into_a_convolution_costs_products_of_its_weights_size() -> None:
+    conv = Rank1Conv2d(3, 4, kernel_size=3, num_members=2)
+    conv.weight.requires_grad_(False)
+    x = torch.randn(8, 3, 10, 10)
+    with conv.selection.of(1):
+        meter = training(conv, lambda: conv(x))
+    weight, outer = 4 * 3 * 9, 4 * 3
+    assert meter.rank1_forward == outer + weight
+    assert meter.rank1_backward == 2 * weight + 4 * outer
+    # the folded weight's gradient, and none towards the images
+    assert meter.backward == 2 * weight * 8 * 8 * 8

@@ -260,3 +260,29 @@ def test_one_compilation_serves_all_batch_sizes(grad: bool) -> None:
             torch.testing.assert_close(compiled(x), network(x))
     torch._dynamo.reset()
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_folding_into_the_weight_equals_scaling_activations(case: str, randomise: Randomise) -> None:
+    layer, shape = filled(case, randomise)
+    x = torch.randn(40, *shape, dtype=torch.float64)
+    results = []
+    for input_needs_grad in (False, True):
+        layer.train().zero_grad()
+        x.requires_grad_(input_needs_grad)
+        with layer.selection.of(1):
+            assert layer.merges(x) != input_needs_grad
+            y = layer(x)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+        results.append([y.detach(), layer.r.active.grad, layer.s.active.grad, layer.weight.grad])
+    for merged, scaled in zip(*results, strict=True):
+        torch.testing.assert_close(merged, scaled)
+
+
+def test_evaluation_never_folds_so_that_frozen_members_answer_the_same_to_the_bit(
+    randomise: Randomise,
+) -> None:
+    layer, shape = filled("2d", randomise)
+    layer.eval()
+    with layer.selection.of(0):
+        assert not layer.merges(torch.randn(40, *shape))
