@@ -23,7 +23,14 @@ from avalanche.benchmarks import CLExperience, CLScenario
 from avalanche.training.templates import SupervisedTemplate
 
 from lifelong_ens.errors import DamagedFileError, InputError, NonFiniteLossError
-from lifelong_ens.metrics.uncertainty import disagreement, ensemble_log_probs, nll, predictive_entropy
+from lifelong_ens.metrics.uncertainty import (
+    brier,
+    disagreement,
+    ensemble_log_probs,
+    expected_calibration_error,
+    nll,
+    predictive_entropy,
+)
 from lifelong_ens.report.records import SCHEMA, check_record
 from lifelong_ens.store import read_json, read_tensors, tensors_sha256, write_json, write_tensors
 from strategies.base import Strategy
@@ -252,6 +259,8 @@ class Run:
                     "trained_task": task,
                     "eval_task": index,
                     "nll": float(nll(log_probs, labels)),
+                    "ece": float(expected_calibration_error(log_probs, labels)),
+                    "brier": float(brier(log_probs, labels)),
                     "entropy": float(predictive_entropy(log_probs).mean()),
                     "disagreement": float(disagreement(log_probs)) if several else None,
                 }

@@ -81,6 +81,8 @@ ACCURACY = (
     Column("accuracy", "[0, 1]", "on the test images of `eval_task`; only what was measured has a row"),
     _SETTING,
     Column("nll", "nats", "mean negative log-likelihood of the members' mean probability"),
+    Column("ece", "[0, 1]", "expected calibration error of the members' mean probability, 15 equal bins"),
+    Column("brier", "[0, 2]", "mean squared distance of the members' mean probability from the label"),
     Column("entropy", "nats", "mean entropy of the members' mean probability"),
     Column(
         "disagreement", "[0, 1]", "share of images on which two members of the task differ, mean over pairs"

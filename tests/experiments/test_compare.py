@@ -91,3 +91,12 @@ def test_ensemble_snippet():
         assert ensemble(x).shape == (4, 3, 10)
         assert ensemble(x, members=[2]).shape == (1, 3, 10)
         torch.testing.assert_close(ensemble.export_member(2)(x), ensemble(x)[2], rtol=1e-5, atol=1e-6)
+
+
+def test_calibration_of_every_task_is_beside_its_accuracy():
+    report = compare(split_digits, {"f": strategies()["finetune"]}, progress=False)
+    assert report.accuracy[["nll", "ece", "brier", "entropy"]].notna().all().all()
+    assert report.accuracy["ece"].between(0, 1).all()
+    assert report.accuracy["brier"].between(0, 2).all()
+    # one member cannot disagree with itself
+    assert report.accuracy["disagreement"].isna().all()
