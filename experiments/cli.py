@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         "report", help="make the tables and plots of a folder of records again", **common
     )
     report.add_argument("out", type=Path, metavar="OUT", help="a folder that compare wrote")
+    report.add_argument(
+        "--baseline", default="finetune", help="what summary.md tests against (default: finetune)"
+    )
     _add_debug(report)
     report.set_defaults(run=_report)
 
@@ -174,7 +177,10 @@ def _report(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     from lifelong_ens.report import Report
 
     report = Report.load(parsed.out)
-    report.write(parsed.out)
+    known = report.runs["strategy"].unique()
+    if parsed.baseline != "finetune" and parsed.baseline not in known:
+        raise InputError(f"--baseline {parsed.baseline} did not run; {nearest(parsed.baseline, known)}")
+    report.write(parsed.out, parsed.baseline)
     _show(report, parsed.out)
 
 

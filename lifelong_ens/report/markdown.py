@@ -21,11 +21,16 @@ _NOTES = """\
 
 
 def summary_markdown(
-    headline: pd.DataFrame, runs: pd.DataFrame, columns: pd.DataFrame, plots: Iterable[str]
+    headline: pd.DataFrame,
+    significance: pd.DataFrame,
+    runs: pd.DataFrame,
+    columns: pd.DataFrame,
+    plots: Iterable[str],
 ) -> str:
     """The whole of ``summary.md``, from the tables of a report and the file names of its plots."""
     parts = ["# Summary", _tables(headline), _NOTES.rstrip()]
     parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots]
+    parts += ["## How sure", _significance(significance)]
     parts += ["## Runs", _markdown(_provenance(runs)), "## Columns", _columns(columns)]
     return "\n\n".join(parts) + "\n"
 
@@ -38,6 +43,29 @@ def _tables(headline: pd.DataFrame) -> str:
     return "\n\n".join(
         f"## {stream}\n\n{_markdown(headline.loc[stream].reset_index())}" for stream in streams
     )
+
+
+def _significance(table: Any) -> str:
+    """Intervals and tests as percentages and points, and what they are."""
+    percent = {
+        "average accuracy %": [f"{100 * mean:.2f}" for mean in table["mean"]],
+        "95 % interval": [
+            "–" if pd.isna(low) else f"{100 * low:.2f} to {100 * high:.2f}"
+            for low, high in zip(table["low"], table["high"], strict=True)
+        ],
+        "difference, points": [
+            "–" if pd.isna(value) else f"{100 * value:+.2f}" for value in table["difference"]
+        ],
+        "p": ["–" if pd.isna(value) else f"{value:.3g}" for value in table["p_value"]],
+    }
+    shown = table[["stream", "strategy", "seeds"]].assign(**percent, note=table["note"])
+    baselines = table.loc[table["note"] == "the baseline", "strategy"].unique()
+    against = f"to `{baselines[0]}`" if len(baselines) else "to the baseline"
+    notes = (
+        "Student's interval for the mean over seeds; a two-sided paired t-test over the seeds that both have run, of "
+        f"the difference {against}, not corrected for the number of strategies."
+    )
+    return f"{_markdown(shown)}\n\n{notes}"
 
 
 def _provenance(runs: pd.DataFrame) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from lifelong_ens.report import columns
 from lifelong_ens.report.headline import headline
 from lifelong_ens.report.markdown import summary_markdown
 from lifelong_ens.report.records import check_record, load_records
+from lifelong_ens.report.significance import significance
 from lifelong_ens.report.tables import build_tables
 from lifelong_ens.store import write_bytes
 
@@ -87,6 +88,10 @@ class Report:
         """
         return headline(self.runs, self.labels)
 
+    def significance(self, baseline: str = "finetune") -> pd.DataFrame:
+        """Average accuracy with 95 % intervals over seeds, and a paired test against ``baseline``."""
+        return significance(self.runs, self.labels, baseline)
+
     def columns(self) -> pd.DataFrame:
         """Every column of the four tables: name, table, unit, meaning."""
         versions = [name for name in self.runs.columns if name.startswith("version_")]
@@ -103,15 +108,19 @@ class Report:
         ]
         return pd.DataFrame(rows, columns=pd.Index(["name", "table", "unit", "meaning"]))
 
-    def write(self, out: str | os.PathLike[str]) -> list[Path]:
+    def write(self, out: str | os.PathLike[str], baseline: str = "finetune") -> list[Path]:
         """Write the four tables as CSV, ``summary.md`` and three plots into ``out``; returns their paths.
+
+        The summary tests every strategy against ``baseline``.
 
         Each file is replaced whole, so that what was there stays readable until the new one is complete.
         """
         from lifelong_ens.report.plots import draw_all
 
         plots = draw_all(self.runs, self.accuracy, self.tasks, self.labels)
-        summary = summary_markdown(self.headline(), self.runs, self.columns(), plots)
+        summary = summary_markdown(
+            self.headline(), self.significance(baseline), self.runs, self.columns(), plots
+        )
         files = {
             f"{name}.csv": getattr(self, name).to_csv(index=False).encode()
             for name in ("accuracy", "costs", "runs", "tasks")
