@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")
     compare.add_argument(
+        "--task_inference",
+        metavar="RULE",
+        help="also guess each test image's task: none, entropy or max_probability (default: none)",
+    )
+    compare.add_argument(
         "--force", action="store_true", default=None, help="repeat runs whose records are there"
     )
     _add_debug(compare)

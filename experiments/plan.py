@@ -25,6 +25,7 @@ GENERAL = {
     "seeds": 1,
     "out": None,
     "device": "auto",
+    "task_inference": "none",
     "force": False,
 }
 FIT_OWNER = "training"
@@ -74,6 +75,7 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
     options = read_options(owners, rest, config)
     stream_options, network_options = options[owners[0].name], options[owners[1].name]
     fit = make_fit(options[FIT_OWNER])
+    inference = _inference(general["task_inference"])
     cells = [
         (
             Cell(
@@ -82,6 +84,7 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
                 Named(network_name, network_options),
                 asdict(fit),
                 seed,
+                inference,
             ),
             strategy_builder(builder, network, network_options, fit, **options[_short(name)]),
         )
@@ -122,6 +125,13 @@ def _names(value: Any) -> list[str]:
     if not names:
         raise InputError("--strategies names no strategy.")
     return names
+
+
+def _inference(value: Any) -> Any:
+    rules = ("none", "entropy", "max_probability")
+    if value not in rules:
+        raise InputError(f"--task_inference {value}: expected one of {', '.join(rules)}.")
+    return value
 
 
 def _seeds(value: Any) -> list[int]:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from lifelong_ens.report.records import SCHEMA, check_record
 from lifelong_ens.store import read_json, read_tensors, tensors_sha256, write_json, write_tensors
 from strategies.base import Strategy
 from strategies.costs import component_sizes, forward_cost, metered, network_of
-from strategies.evaluation import predict
+from strategies.evaluation import infer_tasks, predict
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class Cell:
         network: The network and its options.
         fit: How each task is trained, as a dictionary.
         seed: Of everything random.
+        task_inference: How the task of a test image is guessed beside being told: ``none``, ``entropy`` or
+            ``max_probability``.
     """
 
     stream: Named
@@ -72,6 +74,7 @@ class Cell:
     network: Named
     fit: Mapping[str, Any]
     seed: int
+    task_inference: Literal["none", "entropy", "max_probability"] = "none"
 
     @property
     def setting(self) -> str:
@@ -81,7 +84,8 @@ class Cell:
     @property
     def key(self) -> str:
         """The name of its files: readable, and different for different options."""
-        digest = _digest([self.setting, self.strategy.as_dict()])
+        inference = [] if self.task_inference == "none" else [self.task_inference]
+        digest = _digest([self.setting, self.strategy.as_dict(), *inference])
         name = self.strategy.name.replace(":", ".").replace("/", ".")
         return f"{self.stream.name.replace(':', '.')}-{name}-{self.seed}-{digest}"
 
@@ -254,8 +258,11 @@ class Run:
             right = ensemble_log_probs(log_probs).argmax(dim=-1) == labels
             self.progress.accuracy[task][index] = float(right.double().mean())
             several = len(log_probs) > 1
+            inferred = self._infer_task(test)
             self.progress.uncertainty.append(
                 {
+                    "task_identification_accuracy": inferred and inferred[0],
+                    "class_incremental_accuracy": inferred and inferred[1],
                     "trained_task": task,
                     "eval_task": index,
                     "nll": float(nll(log_probs, labels)),
@@ -266,6 +273,10 @@ class Run:
                 }
             )
         self.progress.seconds_evaluation += time.perf_counter() - start
+
+    def _infer_task(self, test: CLExperience) -> tuple[float, float] | None:
+        rule = self.cell.task_inference
+        return None if rule == "none" else infer_tasks(self.strategy, test, rule)
 
     def _commit_checkpoint(self, state: Path, digest: str) -> None:
         """Write what goes with the state; with this file the task is finished. Then the earlier ones may go."""
@@ -295,6 +306,7 @@ class Run:
             "network": self.cell.network.as_dict(),
             "fit": dict(self.cell.fit),
             "seed": self.cell.seed,
+            "task_inference": self.cell.task_inference,
             "setting": self.cell.setting,
             "accuracy": self.progress.accuracy,
             "uncertainty": self.progress.uncertainty,

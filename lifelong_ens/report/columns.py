@@ -25,6 +25,8 @@ _SEED = Column("seed", "", "seed of the run")
 _SETTING = Column(
     "setting", "", "hash of the options of stream, network and training; runs compare within one"
 )
+_GUESSED_TASK = "share of images whose task is guessed right, where the run had --task_inference"
+_GUESSED_CLASS = "share of images whose guessed task and class are both right"
 _TRAINED = Column("trained_task", "", "the task trained last, counted from 0")
 _KEYS = (_STREAM, _STRATEGY, _SEED)
 
@@ -67,6 +69,12 @@ RUNS = (
     Column("disk_bytes", "bytes", "written to disk for the model after the last task"),
     _ratio("disk_bytes"),
     Column("saved_bytes", "bytes", "saved for the backward pass, peak over all tasks"),
+    Column(
+        "task_identification_accuracy", "[0, 1]", f"{_GUESSED_TASK}, mean over all tasks after the last one"
+    ),
+    Column(
+        "class_incremental_accuracy", "[0, 1]", f"{_GUESSED_CLASS}, mean over all tasks after the last one"
+    ),
     _SETTING,
     Column("num_tasks", "tasks", "in the stream"),
     Column("network", "", "name of the network"),
@@ -84,6 +92,8 @@ ACCURACY = (
     Column("ece", "[0, 1]", "expected calibration error of the members' mean probability, 15 equal bins"),
     Column("brier", "[0, 2]", "mean squared distance of the members' mean probability from the label"),
     Column("entropy", "nats", "mean entropy of the members' mean probability"),
+    Column("task_identification_accuracy", "[0, 1]", _GUESSED_TASK),
+    Column("class_incremental_accuracy", "[0, 1]", _GUESSED_CLASS),
     Column(
         "disagreement", "[0, 1]", "share of images on which two members of the task differ, mean over pairs"
     ),

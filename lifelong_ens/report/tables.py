@@ -133,12 +133,23 @@ def _run(record: _Record) -> dict[str, Any]:
         "seconds_evaluation": last["seconds_evaluation"],
         "disk_bytes": last["disk_bytes"],
         "saved_bytes": max(saved) if None not in saved else None,
+        **_guesses(record, last["trained_task"]),
         "num_tasks": record["stream"]["num_tasks"],
         "network": record["network"]["name"],
         "device": record["device"],
         "commit": record.get("commit"),
         **{f"version_{name}": version for name, version in sorted(record["versions"].items())},
     }
+
+
+def _guesses(record: _Record, last_task: int) -> dict[str, float | None]:
+    """What was guessed without knowing the task, mean over the tasks after the last one."""
+    rows = [row for row in record.get("uncertainty", []) if row["trained_task"] == last_task]
+    means = {}
+    for name in ("task_identification_accuracy", "class_incremental_accuracy"):
+        total = _sum(row.get(name) for row in rows)
+        means[name] = None if total is None or not rows else total / len(rows)
+    return means
 
 
 def _baseline(record: _Record) -> np.ndarray | None:

@@ -296,3 +296,18 @@ def test_debug_shows_where_the_error_was_raised(tmp_path, capsys, caplog):
     code, _, _ = run(capsys, "compare", "--num_tasks", "11", *QUICK, "--out", tmp_path, "--debug")
     assert code == 2
     assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize("rule", ["entropy", "max_probability"])
+def test_task_inference_finds_tasks_better_than_chance(tmp_path, capsys, rule):
+    arguments = ["compare", "--strategies", "independent,batch_ensemble", "--task_inference", rule]
+    code, _, _ = run(capsys, *arguments, "--epochs", "8", "--device", "cpu", "--out", tmp_path)
+    assert code == 0
+    runs = pd.read_csv(tmp_path / "runs.csv").set_index("strategy")
+    assert (runs["task_identification_accuracy"] > 0.3).all()
+    assert (runs["class_incremental_accuracy"] <= runs["task_identification_accuracy"]).all()
+    accuracy = pd.read_csv(tmp_path / "accuracy.csv")
+    # with one task there is nothing to guess
+    first = accuracy[accuracy["trained_task"] == 0]
+    assert (first["task_identification_accuracy"] == 1).all()
+    assert (first["class_incremental_accuracy"] - first["accuracy"]).abs().max() < 1e-9

@@ -13,7 +13,7 @@ from lifelong_ens.errors import InputError, NonFiniteLossError
 from lifelong_ens.networks.plain import mlp
 from lifelong_ens.training.fit import Fit
 from strategies import Strategy, batch_ensemble_lifelong, finetune, joint
-from strategies.evaluation import accuracy, predict
+from strategies.evaluation import accuracy, infer_tasks, predict
 from streams import split_digits
 
 FIT = Fit(epochs=2, batch_size=32)
@@ -181,3 +181,22 @@ def test_a_stock_avalanche_benchmark_trains_too(benchmark):
     for experience in stock.train_stream:
         strategy.train(experience)
     assert all(accuracy(strategy, [test]) > 0.9 for test in stock.test_stream)
+
+
+@pytest.mark.parametrize("rule", ["entropy", "max_probability"])
+def test_task_inference_equals_asking_every_task_in_turn(benchmark, rule):
+    strategy = batch_ensemble_lifelong(body(), fit=Fit(epochs=6, batch_size=32))
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+    x, y, _ = benchmark.test_stream[1].dataset.batch(torch.arange(len(benchmark.test_stream[1].dataset)))
+    network = strategy.network.eval()
+    with torch.no_grad():
+        probs = [torch.softmax(network(x, task), dim=-1) for task in range(3)]
+    if rule == "entropy":
+        sure = [(p * p.log()).sum(-1) / torch.tensor(p.shape[1]).log() for p in probs]
+    else:
+        sure = [p.max(-1).values for p in probs]
+    mine = torch.stack(sure).argmax(0) == 1
+    found, right = infer_tasks(strategy, benchmark.test_stream[1], rule)
+    assert found == pytest.approx(float(mine.double().mean()), abs=0.011)
+    assert right == pytest.approx(float((mine & (probs[1].argmax(-1) == y)).double().mean()), abs=0.011)
