@@ -108,7 +108,7 @@ def convert(
                 replacements[old] = _with_members(old, num_members, norm, options)
             except ValueError as error:
                 raise InputError(f"{entry.name}: {error}") from error
-    return _replace(model, replacements), selection
+    return replace_modules(model, replacements), selection
 
 
 def batch_ensemble(
@@ -201,7 +201,7 @@ def export(body: nn.Module, member: int) -> nn.Module:
         body = copy.deepcopy(body)
         units = [module for _, module in _units(body) if isinstance(module, MEMBER_LAYERS)]
         layers: dict[nn.Module, nn.Module] = {module: cast("Any", module).export(member) for module in units}
-        return _replace(body, layers)
+        return replace_modules(body, layers)
 
 
 def append_members(body: nn.Module, num_members: int, init: str) -> None:
@@ -299,8 +299,8 @@ def _with_members(module: nn.Module, num_members: int, norm: Norms, options: dic
     return layer_type.of(module, num_members, **options)
 
 
-def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Put the replacements in at every place where the old modules stand, shared ones included."""
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put the replacements in ``model`` at every place where the old modules stand; returns what stands for it."""
     if model in replacements:
         return replacements[model]
     for module in list(model.modules()):

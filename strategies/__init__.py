@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from strategies.baselines import finetune, independent, joint
     from strategies.batch_ensemble import batch_ensemble_lifelong
     from strategies.model import TaskModel
+    from strategies.norm_tuning import bn_tuned
+    from strategies.packing import packnet
     from strategies.progressive import pnn
+    from strategies.structured import structured_ensemble
+    from strategies.supermasks import supsup
 
 # the name on the command line -> where its builder is
 BUILDERS: dict[str, str] = {
@@ -22,6 +26,10 @@ BUILDERS: dict[str, str] = {
     "joint": "strategies.baselines:joint",
     "batch_ensemble": "strategies.batch_ensemble:batch_ensemble_lifelong",
     "pnn": "strategies.progressive:pnn",
+    "structured_ensemble": "strategies.structured:structured_ensemble",
+    "bn_tuned": "strategies.norm_tuning:bn_tuned",
+    "packnet": "strategies.packing:packnet",
+    "supsup": "strategies.supermasks:supsup",
 }
 
 __all__ = [
@@ -29,10 +37,14 @@ __all__ = [
     "Strategy",
     "TaskModel",
     "batch_ensemble_lifelong",
+    "bn_tuned",
     "finetune",
     "independent",
     "joint",
+    "packnet",
     "pnn",
+    "structured_ensemble",
+    "supsup",
 ]
 
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lifelong_ens.networks.plain import lenet5, mlp, resnet18, resnet20, resnet32
+    from lifelong_ens.networks.plain import lenet5, mlp, resnet18, resnet20, resnet32, vgg11_half
 
 # the name on the command line -> where its builder is
 BUILDERS: dict[str, str] = {
@@ -15,9 +15,10 @@ BUILDERS: dict[str, str] = {
     "resnet18": "lifelong_ens.networks.plain:resnet18",
     "resnet20": "lifelong_ens.networks.plain:resnet20",
     "resnet32": "lifelong_ens.networks.plain:resnet32",
+    "vgg11_half": "lifelong_ens.networks.plain:vgg11_half",
 }
 
-__all__ = ["BUILDERS", "lenet5", "mlp", "resnet18", "resnet20", "resnet32"]
+__all__ = ["BUILDERS", "lenet5", "mlp", "resnet18", "resnet20", "resnet32", "vgg11_half"]
 
 
 def __getattr__(name: str) -> Any:

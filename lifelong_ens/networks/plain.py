@@ -81,6 +81,37 @@ def lenet5(num_classes: int | None = None, *, input_shape: Shape = (3, 32, 32)) 
     return Body(features, 84, num_classes)
 
 
+def vgg11_half(
+    num_classes: int | None = None, *, input_shape: Shape = (3, 32, 32), batch_norm: bool = False
+) -> Body:
+    """VGG-11 with half the channels: eight 3x3 convolutions, 2,304,864 convolution weights for RGB images.
+
+    The backbone of Structured Ensembles' continual-learning experiments (Pomponi et al. 2021, the package
+    ``continual-learning``). There it is pooled to 7x7 and each task has a head of 12544-6272-3136 units, 98 M weights;
+    here it is pooled to 1x1 and each task's head is one linear layer on 256 features, as with every other network.
+
+    Args:
+        num_classes: Width of the classifier; None for a body without one.
+        input_shape: ``(C, H, W)`` of one image, at least 32x32.
+        batch_norm: A BatchNorm after each convolution; the original has none.
+    """
+    channels, height, width = input_shape
+    if min(height, width) < 32:
+        raise InputError(
+            f"vgg11_half needs images of at least 32x32, these are {height}x{width}: "
+            "enlarge them with --image_size 32, or use --network mlp."
+        )
+    layers: list[nn.Module] = []
+    for out in (32, 0, 64, 0, 128, 128, 0, 256, 256, 0, 256, 256, 0):
+        if not out:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers.append(nn.Conv2d(channels, out, 3, padding=1))
+        layers += [nn.BatchNorm2d(out), nn.ReLU()] if batch_norm else [nn.ReLU()]
+        channels = out
+    return Body(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels, num_classes)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut, a 1x1 convolution where the shape changes (He et al. 2016)."""
 

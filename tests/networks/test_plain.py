@@ -9,11 +9,19 @@ from torch import nn
 
 from lifelong_ens import networks
 from lifelong_ens.errors import InputError
-from lifelong_ens.networks.plain import lenet5, mlp, reinitialise, resnet18, resnet20, without_classifier
+from lifelong_ens.networks.plain import (
+    lenet5,
+    mlp,
+    reinitialise,
+    resnet18,
+    resnet20,
+    vgg11_half,
+    without_classifier,
+)
 
 
 @pytest.mark.parametrize("name", networks.BUILDERS)
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 33, 20)])
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 47, 33)])
 def test_every_builder_gives_features_or_logits(name: str, shape: tuple[int, int, int]) -> None:
     builder = getattr(networks, name)
     x = torch.randn(2, *shape)
@@ -40,6 +48,22 @@ def test_mlp_is_linear_layers_with_relu_between() -> None:
 def test_lenet5_says_what_does_not_fit(shape: tuple[int, int, int]) -> None:
     with pytest.raises(InputError, match=f"at least 16x16, these are {shape[1]}x{shape[2]}.*--image_size 32"):
         lenet5(input_shape=shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 31, 32), (3, 32, 16)])
+def test_vgg11_half_says_what_does_not_fit(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(InputError, match=f"at least 32x32, these are {shape[1]}x{shape[2]}.*--image_size 32"):
+        vgg11_half(input_shape=shape)
+
+
+def test_vgg11_half_has_the_published_number_of_weights() -> None:
+    for batch_norm, norms in ((False, 0), (True, 8)):
+        body = vgg11_half(batch_norm=batch_norm)
+        convolutions = [module for module in body.modules() if isinstance(module, nn.Conv2d)]
+        assert sum(layer.weight.numel() for layer in convolutions) == 2_304_864
+        assert sum(len(layer.weight) for layer in convolutions) == 1_376
+        assert body.num_features == 256
+        assert sum(isinstance(module, nn.BatchNorm2d) for module in body.modules()) == norms
 
 
 @pytest.mark.parametrize(("builder", "strides"), [(resnet18, 8), (resnet20, 4)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,20 @@ from torch import Tensor, nn
 
 import strategies
 from lifelong_ens.accounting.components import sizes
+from lifelong_ens.errors import InputError
 from lifelong_ens.networks.plain import Body, mlp
 from lifelong_ens.training.fit import Fit
-from strategies import batch_ensemble_lifelong, finetune, independent, joint, pnn
+from strategies import (
+    batch_ensemble_lifelong,
+    bn_tuned,
+    finetune,
+    independent,
+    joint,
+    packnet,
+    pnn,
+    structured_ensemble,
+    supsup,
+)
 from strategies.base import Strategy
 from strategies.evaluation import accuracy
 from streams import split_digits
@@ -33,6 +45,10 @@ class Spec:
     parameters: Callable[[int, int, list[int]], int]
     """Closed form from body size, fast weights of one task, and the heads' classes."""
     options: dict[str, Any] | None = None
+    bodies: tuple[str, ...] = ("mlp", "conv")
+    """What it runs on; on the others it says why not."""
+    mask_bytes: Callable[[str, int], int] | None = None
+    """Closed form of its masks' bytes from the body's name and the number of tasks, where it has masks of weights."""
 
 
 def conv_net(num_classes: int | None = None) -> Body:
@@ -94,6 +110,12 @@ def pnn_laterals(body: str, classes: list[int]) -> int:
     return sum(k * (layers + COUNTS[body]["features"] * c) for k, c in enumerate(classes))
 
 
+def packed_bytes(body: str) -> int:
+    """Bytes of one bit for every weight, each layer rounded up to whole bytes."""
+    layers = {"mlp": (64 * 32, 32 * 24), "conv": (72, 576, 8, 864, 1296, 96)}[body]
+    return sum(math.ceil(weights / 8) for weights in layers)
+
+
 SPECS: dict[str, Spec] = {
     "finetune": Spec(finetune, False, lambda b, c, k: c["body"] + heads(c, k)),
     "joint": Spec(joint, False, lambda b, c, k: c["body"] + heads(c, k)),
@@ -104,6 +126,30 @@ SPECS: dict[str, Spec] = {
         lambda b, c, k: c["body"] + len(k) * c["fast"] + (len(k) - 1) * c["bias"] + heads(c, k),
     ),
     "pnn": Spec(pnn, True, lambda b, c, k: len(k) * c["body"] + pnn_laterals(b, k) + heads(c, k)),
+    "bn_tuned": Spec(
+        bn_tuned,
+        True,
+        lambda b, c, k: c["body"] + (len(k) - 1) * c["affine"] + heads(c, k),
+        bodies=("conv",),
+    ),
+    "packnet": Spec(
+        packnet,
+        True,
+        lambda b, c, k: c["body"] + heads(c, k),
+        mask_bytes=lambda b, tasks: packed_bytes(b) * tasks.bit_length(),
+    ),
+    "supsup": Spec(
+        supsup,
+        True,
+        lambda b, c, k: c["body"] + heads(c, k),
+        mask_bytes=lambda b, tasks: packed_bytes(b) * tasks,
+    ),
+    "structured_ensemble": Spec(
+        structured_ensemble,
+        True,
+        lambda b, c, k: c["body"] + (len(k) - 1) * c["affine"] + heads(c, k),
+        {"mask_epochs": 2},
+    ),
 }
 VARIANTS: dict[str, Spec] = {
     "batch_ensemble-per_member": Spec(
@@ -126,6 +172,40 @@ VARIANTS: dict[str, Spec] = {
         lambda b, c, k: c["body"] + 3 * len(k) * c["fast"] + (3 * len(k) - 1) * c["bias"] + heads(c, k),
         {"members_per_task": 3},
     ),
+    "structured_ensemble-soft_global": Spec(
+        structured_ensemble,
+        True,
+        lambda b, c, k: c["body"] + (len(k) - 1) * c["affine"] + heads(c, k),
+        {"mask_epochs": 1, "pruning": "soft", "scope": "global", "quantile": 0.6},
+    ),
+    "bn_tuned-previous": Spec(
+        bn_tuned,
+        True,
+        lambda b, c, k: c["body"] + (len(k) - 1) * c["affine"] + heads(c, k),
+        {"start": "previous"},
+        bodies=("conv",),
+    ),
+    "packnet-paper": Spec(
+        packnet,
+        True,
+        lambda b, c, k: c["body"] + heads(c, k),
+        {"norm": "shared_frozen", "prune": 0.5},
+        mask_bytes=lambda b, tasks: packed_bytes(b) * tasks.bit_length(),
+    ),
+    "packnet-per_member": Spec(
+        packnet,
+        True,
+        lambda b, c, k: c["body"] + (len(k) - 1) * (c["bias"] + c["affine"]) + heads(c, k),
+        {"norm": "per_member", "bias": "per_member"},
+        mask_bytes=lambda b, tasks: packed_bytes(b) * tasks.bit_length(),
+    ),
+    "supsup-per_member": Spec(
+        supsup,
+        True,
+        lambda b, c, k: c["body"] + (len(k) - 1) * (c["bias"] + c["affine"]) + heads(c, k),
+        {"norm": "per_member", "bias": "per_member", "score_learning_rate": 0.1, "density": 0.3},
+        mask_bytes=lambda b, tasks: packed_bytes(b) * tasks,
+    ),
     "pnn-adapter": Spec(pnn, True, lambda b, c, k: -1, {"laterals": "adapter", "adapter_width": 4}),
 }
 ALL = {**SPECS, **VARIANTS}
@@ -147,6 +227,10 @@ def body(request) -> str:
 
 
 def make(spec: Spec, body: str, fit: Fit = FIT, seed: int = 0) -> Strategy:
+    if body not in spec.bodies:
+        with pytest.raises(InputError, match="use a network"):
+            spec.build(BODIES[body](), **(spec.options or {}))
+        pytest.skip(f"not on {body}, and it says so")
     return spec.build(BODIES[body](), fit=fit, seed=seed, **(spec.options or {}))
 
 
@@ -232,7 +316,7 @@ def test_same_seed_same_result_another_seed_another(spec, benchmark):
 
 
 def test_caller_s_generator_is_left_alone(spec, benchmark):
-    strategy = make(spec, "mlp")
+    strategy = make(spec, spec.bodies[0])
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
@@ -261,7 +345,10 @@ def test_cost_equals_closed_form(spec, body, benchmark):
     expected = spec.parameters(body, COUNTS[body], classes)
     if expected < 0:
         pytest.skip("its closed form is tested with its network")
-    assert sum(size.parameters for size in sizes(strategy.network).values()) == expected
+    found = sizes(strategy.network)
+    assert sum(size.parameters for size in found.values()) == expected
+    if spec.mask_bytes is not None:
+        assert found["mask"].bytes == spec.mask_bytes(body, TASKS)
 
 
 def test_frozen_parameters_are_not_in_the_optimizer(spec, body, benchmark):
