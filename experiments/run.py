@@ -312,6 +312,7 @@ class Run:
             "uncertainty": self.progress.uncertainty,
             "costs": self.progress.costs,
             "tasks": self.progress.tasks,
+            "notes": self.strategy.network.notes() if isinstance(self.strategy, Strategy) else [],
             "state_sha256": tensors_sha256(network_of(self.strategy).state_dict()),
             "versions": {package: version(package) for package in PACKAGES},
             "commit": _commit(),

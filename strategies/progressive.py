@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lifelong_ens.errors import InputError
 from lifelong_ens.networks.plain import without_classifier
-from lifelong_ens.networks.task import Columns, TaskNetwork
+from lifelong_ens.networks.task import Columns, TaskNetwork, by_task
 from lifelong_ens.training.fit import Fit
 from strategies.base import Strategy
 
@@ -106,14 +106,7 @@ class ProgressiveNetwork(TaskNetwork):
         """See ``TaskNetwork.forward``; task k runs columns 0 to k."""
         if isinstance(task, int):
             return self._one(x, task)
-        present = task.unique().tolist()
-        parts = {one: self._one(x[task == one], one) for one in present}
-        width = max(part.shape[1] for part in parts.values())
-        first = parts[present[0]]
-        logits = first.new_full((len(x), width), -torch.inf)
-        for one, part in parts.items():
-            logits[task == one, : part.shape[1]] = part
-        return logits
+        return by_task(x, task, self._one)
 
     def _one(self, x: Tensor, task: int) -> Tensor:
         self.activations.inputs = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -67,12 +67,38 @@ class TaskNetwork(nn.Module):
     def finish_task(self) -> None:
         """Called when the training of the newest task has ended."""
 
+    def notes(self) -> list[str]:
+        """What the record of a run should say about the network beside its numbers; nothing by default."""
+        return []
+
     def regrow(self, classes_per_task: Sequence[int]) -> Self:
         """Grow as for these tasks without training them; what a saved state is loaded into."""
         for num_classes in classes_per_task:
             self.begin_task(num_classes)
             self.finish_task()
         return self
+
+
+def by_task(x: Tensor, task: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Logits of rows of several tasks, one task after the other, ``(batch, classes)``, padded with -inf.
+
+    Args:
+        x: Images ``(batch, C, H, W)``.
+        task: The task of each row, ``(batch,)``.
+        run: Logits of rows that all belong to one task.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    present = task.unique().tolist()
+    if not present:
+        raise ValueError("a batch has no rows.")
+    parts = {one: run(x[task == one], one) for one in present}
+    width = max(part.shape[1] for part in parts.values())
+    logits = parts[present[0]].new_full((len(x), width), -torch.inf)
+    for one, part in parts.items():
+        logits[task == one, : part.shape[1]] = part
+    return logits
 
 
 class Heads(nn.ModuleList):
@@ -166,12 +192,4 @@ class Independent(TaskNetwork):
         """See ``TaskNetwork.forward``."""
         if isinstance(task, int):
             return self.heads(self.columns[task](x), task)
-        features = None
-        for one in task.unique().tolist():
-            part = self.columns[one](x[task == one])
-            if features is None:
-                features = part.new_zeros(len(x), part.shape[-1])
-            features[task == one] = part
-        if features is None:
-            raise ValueError("a batch has no rows.")
-        return self.heads(features, task)
+        return by_task(x, task, self.forward)

@@ -42,7 +42,9 @@ def finished(out: Path) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("strategy", ["finetune", "independent", "batch_ensemble", "pnn"])
+@pytest.mark.parametrize(
+    "strategy", ["finetune", "independent", "batch_ensemble", "pnn", "packnet", "supsup"]
+)
 def test_killed_at_five_random_moments_equals_uninterrupted_to_the_bit(strategy, tmp_path):
     whole = start(strategy, tmp_path / "whole")
     begin = time.monotonic()

@@ -189,7 +189,7 @@ VARIANTS: dict[str, Spec] = {
         packnet,
         True,
         lambda b, c, k: c["body"] + heads(c, k),
-        {"norm": "shared_frozen", "prune": 0.5},
+        {"norm": "shared_frozen", "prune": 0.5, "free_weights": "zero"},
         mask_bytes=lambda b, tasks: packed_bytes(b) * tasks.bit_length(),
     ),
     "packnet-per_member": Spec(

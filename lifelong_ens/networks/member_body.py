@@ -1,0 +1,136 @@
+"""A body shared by all tasks whose private numbers are members of banks: one member per task."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal, Self
+
+from torch import Tensor, nn
+
+from lifelong_ens.convert import (
+    AFFINE_NORMS,
+    BATCH_NORMS,
+    append_members,
+    commit_members,
+    convert,
+    plan_conversion,
+    replace_modules,
+)
+from lifelong_ens.errors import InputError
+from lifelong_ens.layers.bank import Bank, Selection
+from lifelong_ens.layers.masked import MaskedLayer
+from lifelong_ens.networks.task import TaskNetwork
+
+log = logging.getLogger(__name__)
+
+Start = Literal["first", "previous"]
+# what has statistics or affine numbers that a task can have of its own
+NORM_TYPES = (*BATCH_NORMS, *AFFINE_NORMS)
+MASKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def member_norms(body: nn.Module, norm: str) -> tuple[nn.Module, Selection, bool]:
+    """A copy of ``body`` whose norms have one member, its selection, and whether any norm has.
+
+    Args:
+        body: Any network.
+        norm: ``statistics_only`` per task, ``per_member`` (affine too), or ``shared_frozen`` (nothing).
+    """
+    include: Sequence[type[nn.Module]] = NORM_TYPES
+    if norm != "shared_frozen":
+        plan = plan_conversion(body, include=include, norm=norm)  # pyright: ignore
+        if any(entry.target for entry in plan):
+            return *convert(body, 1, include=include, norm=norm), True  # pyright: ignore
+    return copy.deepcopy(body), Selection(), False
+
+
+def mask_layers(body: nn.Module, make: Callable[[nn.Module], MaskedLayer]) -> nn.Module:
+    """Put a masked layer in the place of every linear and convolution layer of ``body``, which is changed.
+
+    Raises:
+        InputError: There is no such layer, or two share a weight, so that two masks would fight over it.
+    """
+    targets = [one for one in body.modules() if type(one) in MASKABLE and "weight" in one._parameters]
+    if not targets:
+        raise InputError(
+            f"{type(body).__name__} has no linear or convolution layer whose weights could be masked."
+        )
+    uses = Counter(id(one._parameters["weight"]) for one in targets)
+    if max(uses.values()) > 1:
+        raise InputError(
+            f"{type(body).__name__}: layers that share one weight can't have masks of their own."
+        )
+    for name, module in body.named_modules():
+        own = (p for p in module._parameters.values() if p is not None and p.dim() > 1)
+        if module not in targets and not isinstance(module, Bank) and any(True for _ in own):
+            log.warning(
+                "%s (%s) has no form with a mask and is the same for all tasks", name, type(module).__name__
+            )
+    masked = replace_modules(body, {one: make(one) for one in targets})
+    masked.num_features = body.num_features  # pyright: ignore
+    return masked
+
+
+class MemberBody(TaskNetwork):
+    """The first task trains all, later ones only what is private to them: members of banks, and a head.
+
+    A base for methods: a subclass puts layers with banks, or with other numbers per task, into ``body``.
+
+    Attributes:
+        mixed_rows: Whether the layers take rows of several tasks in one pass. Layers whose dense weight differs
+            between tasks do not: then the rows of each task run in a pass of their own.
+
+    Args:
+        body: A network with ``num_features`` whose layers read ``selection``.
+        selection: Whose member is the task of the call in progress.
+        start: Private numbers of a new task start as the ``first`` task's, or as the ``previous`` one's.
+    """
+
+    frozen_past = True
+    mixed_rows = True
+
+    def __init__(self, body: nn.Module, selection: Selection, start: Start = "first") -> None:
+        super().__init__()
+        self.body, self.selection, self.start = body, selection, start
+
+    def add_task(self, num_classes: int) -> None:
+        """Give the task its members and head; from the second task on, all that is shared is frozen."""
+        if self.num_tasks:
+            commit_members(self.body)
+            self.requires_grad_(False)
+            append_members(self.body, 1, "previous" if self.start == "previous" else "ones")
+        self.heads.add(self.body.num_features, num_classes)  # pyright: ignore
+        self.train(self.training)
+
+    def finish_task(self) -> None:
+        """Commit the task's members: from here on nothing moves them."""
+        commit_members(self.body)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; norms that all tasks share learn their statistics in the first task only."""
+        super().train(mode)
+        # not num_tasks, which still leaves out the task that is being added
+        if len(self.heads) > 1:
+            for module in self.body.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    module.eval()
+        return self
+
+    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """See ``TaskNetwork.forward``."""
+        return self.heads(self.features(x, task), task)
+
+    def features(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """What the heads read, ``(batch, num_features)``."""
+        if isinstance(task, int) or self.mixed_rows:
+            with self.selection.of(task):
+                return self.body(x)
+        present = task.unique().tolist()
+        parts = [self.features(x[task == one], one) for one in present]
+        out = parts[0].new_empty(len(x), parts[0].shape[-1])
+        for one, part in zip(present, parts, strict=True):
+            out = out.masked_scatter((task == one).unsqueeze(1), part)
+        return out
