@@ -55,7 +55,7 @@ def test_killed_at_five_random_moments_equals_uninterrupted_to_the_bit(strategy,
     killed = 0
     for _ in range(5):
         process = start(strategy, tmp_path / "killed")
-        process.join(moments.uniform(0.2, 0.6) * duration)
+        process.join(moments.uniform(0.1, 0.4) * duration)
         killed += process.is_alive()
         process.kill()
         process.join()
