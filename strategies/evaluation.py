@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +11,7 @@ from avalanche.models import avalanche_forward
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 
+from lifelong_ens.training.loop import evaluating
 from strategies.loader import evaluation_batches
 from strategies.model import TaskModel, task_indices
 
@@ -37,19 +37,6 @@ def predict(
                 log_probs.append(torch.log_softmax(_answers(model, x, task_labels).float(), dim=-1).cpu())
                 labels.append(y.cpu())
     return torch.cat(log_probs, dim=1), torch.cat(labels)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module is in its own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def infer_tasks(

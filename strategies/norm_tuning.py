@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from avalanche.core import SupervisedPlugin
 from torch import nn
 
 from lifelong_ens.errors import InputError
-from lifelong_ens.networks.member_body import MemberBody, Start, member_norms
+from lifelong_ens.networks.member_body import MemberBody, member_norms
 from lifelong_ens.networks.plain import without_classifier
 from lifelong_ens.training.fit import Fit
 from strategies.base import Strategy
+
+Start = Literal["first", "previous"]
 
 
 def bn_tuned(
@@ -61,4 +64,4 @@ class NormTunedNetwork(MemberBody):
                 f"bn_tuned trains norms, and {type(body).__name__} has no batch, layer or group norm: "
                 "use a network with norms, such as --network resnet18."
             )
-        super().__init__(members, selection, start)
+        super().__init__(members, selection, init="previous" if start == "previous" else "ones")

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lifelong_ens.accounting.components import component_of_modules
 from lifelong_ens.layers.rank1 import Rank1Layer
+from lifelong_ens.training.loop import evaluating
 
 aten = torch.ops.aten
 
@@ -156,12 +157,6 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -
 
 def forward_flops(network: nn.Module, run: Callable[[], object]) -> FlopMeter:
     """Count one forward pass in evaluation mode without gradients; nothing of the network changes."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad(), FlopMeter(network) as meter:
-            run()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(network), FlopMeter(network) as meter:
+        run()
     return meter

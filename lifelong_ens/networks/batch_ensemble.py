@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lifelong_ens.convert import append_members, commit_members, convert, export
+from lifelong_ens.convert import convert, export
 from lifelong_ens.errors import InputError
 from lifelong_ens.layers.bank import Members
+from lifelong_ens.networks.member_body import MemberBody
 from lifelong_ens.networks.plain import without_classifier
-from lifelong_ens.networks.task import TaskNetwork
 
 Init = Literal["random_sign", "gaussian", "ones", "previous"]
 NormPolicy = Literal["statistics_only", "per_member", "shared_frozen"]
 
 
-class BatchEnsembleNetwork(TaskNetwork):
+class BatchEnsembleNetwork(MemberBody):
     """Task t uses ``W * (s_t r_t^T)`` in every layer and a head of its own.
 
     Source: Wen et al., ICLR 2020, section 3.1, equations 6-7: the first task trains W, r_1, s_1; later ones
@@ -38,8 +38,6 @@ class BatchEnsembleNetwork(TaskNetwork):
             shared network itself (r = s = 1, not stored), which can represent the same functions.
     """
 
-    frozen_past = True
-
     def __init__(
         self,
         body: nn.Module,
@@ -50,16 +48,12 @@ class BatchEnsembleNetwork(TaskNetwork):
         members_per_task: int = 1,
         first_task: Literal["member", "shared"] = "member",
     ) -> None:
-        super().__init__()
         if members_per_task < 1:
             raise InputError(f"members_per_task is at least 1, not {members_per_task}.")
         if first_task == "shared" and members_per_task > 1:
             raise InputError("first_task=shared holds one member; leave members_per_task at 1.")
-        self.init: Init = init
-        self.members_per_task = members_per_task
-        self.num_features: int = without_classifier(body).num_features  # pyright: ignore
-        self.body, self.selection = convert(
-            body,
+        members, selection = convert(
+            without_classifier(body),
             members_per_task,
             # the first task has none to copy; members that started alike would stay alike
             init=("ones" if members_per_task == 1 else "random_sign") if init == "previous" else init,
@@ -67,35 +61,13 @@ class BatchEnsembleNetwork(TaskNetwork):
             bias=bias,
             implicit_first=first_task == "shared",
         )
-
-    def add_task(self, num_classes: int) -> None:
-        """Give the task its members and head. From the second task on, all that is shared is frozen."""
-        if self.num_tasks:
-            commit_members(self.body)
-            self.requires_grad_(False)
-            append_members(self.body, self.members_per_task, self.init)
-        self.heads.add(self.num_features, num_classes)
-        self.train(self.training)
-
-    def finish_task(self) -> None:
-        """Commit the task's members: from here on nothing moves them."""
-        commit_members(self.body)
-
-    def train(self, mode: bool = True) -> Self:
-        """Training mode; norms that all tasks share learn their statistics in the first task only."""
-        super().train(mode)
-        # not num_tasks, which still leaves out the task that is being added
-        if len(self.heads) > 1:
-            for module in self.body.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
-                    module.eval()
-        return self
+        super().__init__(members, selection, init)
+        self.members_per_task = members_per_task
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
         """See ``TaskNetwork.forward``; with several members, the logarithm of their mean probability."""
         if self.members_per_task == 1:
-            with self.selection.of(task):
-                return self.heads(self.body(x), task)
+            return super().forward(x, task)
         logits = self.member_logits(x, task)
         return torch.logsumexp(torch.log_softmax(logits, dim=-1), dim=0) - math.log(len(logits))
 

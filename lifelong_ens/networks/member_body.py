@@ -6,7 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, Self
+from typing import Self
 
 from torch import Tensor, nn
 
@@ -22,11 +22,10 @@ from lifelong_ens.convert import (
 from lifelong_ens.errors import InputError
 from lifelong_ens.layers.bank import Bank, Selection
 from lifelong_ens.layers.masked import MaskedLayer
-from lifelong_ens.networks.task import TaskNetwork
+from lifelong_ens.networks.task import TaskNetwork, by_task
 
 log = logging.getLogger(__name__)
 
-Start = Literal["first", "previous"]
 # what has statistics or affine numbers that a task can have of its own
 NORM_TYPES = (*BATCH_NORMS, *AFFINE_NORMS)
 MASKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -86,22 +85,22 @@ class MemberBody(TaskNetwork):
     Args:
         body: A network with ``num_features`` whose layers read ``selection``.
         selection: Whose member is the task of the call in progress.
-        start: Private numbers of a new task start as the ``first`` task's, or as the ``previous`` one's.
+        init: Where private numbers of a new task start, as in ``append_members``.
     """
 
     frozen_past = True
     mixed_rows = True
 
-    def __init__(self, body: nn.Module, selection: Selection, start: Start = "first") -> None:
+    def __init__(self, body: nn.Module, selection: Selection, init: str = "ones") -> None:
         super().__init__()
-        self.body, self.selection, self.start = body, selection, start
+        self.body, self.selection, self.init = body, selection, init
 
     def add_task(self, num_classes: int) -> None:
         """Give the task its members and head; from the second task on, all that is shared is frozen."""
         if self.num_tasks:
             commit_members(self.body)
             self.requires_grad_(False)
-            append_members(self.body, 1, "previous" if self.start == "previous" else "ones")
+            append_members(self.body, self.members_per_task, self.init)
         self.heads.add(self.body.num_features, num_classes)  # pyright: ignore
         self.train(self.training)
 
@@ -121,16 +120,7 @@ class MemberBody(TaskNetwork):
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
         """See ``TaskNetwork.forward``."""
-        return self.heads(self.features(x, task), task)
-
-    def features(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """What the heads read, ``(batch, num_features)``."""
-        if isinstance(task, int) or self.mixed_rows:
-            with self.selection.of(task):
-                return self.body(x)
-        present = task.unique().tolist()
-        parts = [self.features(x[task == one], one) for one in present]
-        out = parts[0].new_empty(len(x), parts[0].shape[-1])
-        for one, part in zip(present, parts, strict=True):
-            out = out.masked_scatter((task == one).unsqueeze(1), part)
-        return out
+        if not isinstance(task, int) and not self.mixed_rows:
+            return by_task(x, task, self.forward)
+        with self.selection.of(task):
+            return self.heads(self.body(x), task)
