@@ -155,12 +155,12 @@ class StructuredLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output with the task's units alone; while units are chosen, with all of them scaled."""
         if self.scale is not None:
-            y = _run(self.layer, x, self.layer.weight, self.layer.bias)
+            y = run_layer(self.layer, x, self.layer.weight, self.layer.bias)
             y = y * self.scale.to(y.dtype).view(_unit_shape(self.layer, y))
             self.units.note(y, None)
             return y
         active = self.masks.row(self.units.task)
-        y = _run(self.layer, x, *self.masked(self.units.task, active))
+        y = run_layer(self.layer, x, *self.masked(self.units.task, active))
         self.units.note(y, active)
         return y
 
@@ -178,7 +178,7 @@ class StructuredLayer(nn.Module):
         return parts[0], parts[1]
 
 
-def _run(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def run_layer(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer on ``x`` with other tensors in place of its own."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
