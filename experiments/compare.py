@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from experiments.run import Cell, Named, Run, check_writable, discard, finished_record
 from lifelong_ens.accounting.meter import TrainingMeter
-from lifelong_ens.errors import InputError, NonFiniteLossError
+from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
 from lifelong_ens.report import Report
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import Optimisation
@@ -54,6 +54,7 @@ def compare(
 
     Raises:
         NonFiniteLossError: Some runs met a loss that is no number; raised after all others are done.
+        UnfitNetworkError: No strategy can run on its network; of several, those that cannot are named in a warning.
     """
     cells = [
         (Cell(_named(stream), Named(name, _keywords(build)), Named("given"), {}, seed), build)
@@ -86,21 +87,32 @@ def run_cells(
         folder = Path(scratch if out is None else out)
         check_writable(folder)
         warm_up(chosen)
-        failures = []
+        problems: list[tuple[str, InputError]] = []
         for cell, build in cells:
             if force:
                 discard(cell, folder)
             try:
                 if finished_record(cell, folder) is None:
                     _run(cell, benchmark_of(cell.seed), build, folder, chosen, progress)
-            except NonFiniteLossError as error:
-                failures.append(str(error))
-        report = None if len(failures) == len(cells) else Report.load(folder)
+            except (NonFiniteLossError, UnfitNetworkError) as error:
+                problems.append((cell.strategy.name, error))
+        report = Report.load(folder) if len(problems) < len(cells) else None
         if report is not None and out is not None:
             report.write(folder)
-        if report is None or failures:
-            raise NonFiniteLossError("; ".join(failures))
-        return report
+    _raise_or_warn(problems, stop=report is None)
+    return report  # pyright: ignore[reportReturnType]
+
+
+def _raise_or_warn(problems: Sequence[tuple[str, InputError]], stop: bool) -> None:
+    """Raise what diverged; name the strategies that cannot run on the network, in an error if nothing else ran."""
+    diverged = [str(error) for _, error in problems if isinstance(error, NonFiniteLossError)]
+    if diverged:
+        raise NonFiniteLossError("; ".join(diverged))
+    unfit = {name: str(error) for name, error in problems}
+    if stop:
+        raise UnfitNetworkError("; ".join(unfit.values()))
+    for name, reason in unfit.items():
+        log.warning("%s did not run: %s", name, reason)
 
 
 def choose_device(name: str) -> torch.device:

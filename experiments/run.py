@@ -24,11 +24,10 @@ from avalanche.training.templates import SupervisedTemplate
 
 from lifelong_ens.errors import DamagedFileError, InputError, NonFiniteLossError
 from lifelong_ens.metrics.uncertainty import (
-    brier,
+    calibration,
     disagreement,
     ensemble_log_probs,
-    expected_calibration_error,
-    nll,
+    pooled,
     predictive_entropy,
 )
 from lifelong_ens.report.records import SCHEMA, check_record
@@ -211,7 +210,7 @@ class Run:
         state = self.checkpoints / f"task_{task + 1:04d}.safetensors"
         digest = write_tensors(state, network_of(self.strategy).state_dict())
         entry["disk_bytes"] = state.stat().st_size
-        self._evaluate(task)
+        entry |= self._evaluate(task)
         entry["seconds_evaluation"] = self.progress.seconds_evaluation
         self.progress.tasks.append(entry)
         self._commit_checkpoint(state, digest)
@@ -245,9 +244,10 @@ class Run:
             "seconds_training": meter.seconds,
         }
 
-    def _evaluate(self, task: int) -> None:
-        """Row ``task`` of the accuracy matrix, over the tasks that have been learnt."""
+    def _evaluate(self, task: int) -> dict[str, float]:
+        """Row ``task`` of the accuracy matrix, over the tasks that have been learnt; calibration over all of them."""
         start = time.perf_counter()
+        predictions = []
         for index, test in enumerate(self.tests):
             if not set(test.task_labels) <= set(self.progress.task_labels):  # pyright: ignore
                 continue
@@ -258,6 +258,7 @@ class Run:
             right = ensemble_log_probs(log_probs).argmax(dim=-1) == labels
             self.progress.accuracy[task][index] = float(right.double().mean())
             several = len(log_probs) > 1
+            predictions.append(answers)
             inferred = self._infer_task(test)
             self.progress.uncertainty.append(
                 {
@@ -265,14 +266,14 @@ class Run:
                     "class_incremental_accuracy": inferred and inferred[1],
                     "trained_task": task,
                     "eval_task": index,
-                    "nll": float(nll(log_probs, labels)),
-                    "ece": float(expected_calibration_error(log_probs, labels)),
-                    "brier": float(brier(log_probs, labels)),
+                    **calibration(log_probs, labels),
                     "entropy": float(predictive_entropy(log_probs).mean()),
                     "disagreement": float(disagreement(log_probs)) if several else None,
                 }
             )
+        over_stream = calibration(*pooled(predictions)) if predictions else {}
         self.progress.seconds_evaluation += time.perf_counter() - start
+        return over_stream
 
     def _infer_task(self, test: CLExperience) -> tuple[float, float] | None:
         rule = self.cell.task_inference

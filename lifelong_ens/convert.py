@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lifelong_ens.errors import InputError
+from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.attention import Rank1MultiheadAttention
 from lifelong_ens.layers.bank import Selection, banks, fast_weights
 from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
@@ -85,13 +85,13 @@ def convert(
     """A copy of ``model`` with members, and the selection its layers read; arguments: ``batch_ensemble``.
 
     Raises:
-        InputError: Nothing matched, or a matched module has no form with members; the line says which and
+        UnfitNetworkError: Nothing matched, or a matched module has no form with members; the line says which and
             why.
     """
     plan = plan_conversion(model, include=include, exclude=exclude, norm=norm)
     if not any(entry.target for entry in plan):
         kinds = ", ".join(sorted({entry.source for entry in plan})) or "none"
-        raise InputError(
+        raise UnfitNetworkError(
             f"nothing in {type(model).__name__} matched, so it would have no members: "
             f"its modules with weights are {kinds}; check include and exclude."
         )
@@ -107,7 +107,7 @@ def convert(
             try:
                 replacements[old] = _with_members(old, num_members, norm, options)
             except ValueError as error:
-                raise InputError(f"{entry.name}: {error}") from error
+                raise UnfitNetworkError(f"{entry.name}: {error}") from error
     return replace_modules(model, replacements), selection
 
 

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """What was given cannot be used. The command line prints the message alone and exits with 2."""
 
 
+class UnfitNetworkError(InputError):
+    """A method cannot run on this network, whatever its options; others can."""
+
+
 class DamagedFileError(InputError):
     """A file of ours is truncated, altered, foreign or of another version; the message names it."""
 

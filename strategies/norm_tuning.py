@@ -9,7 +9,7 @@ import torch
 from avalanche.core import SupervisedPlugin
 from torch import nn
 
-from lifelong_ens.errors import InputError
+from lifelong_ens.errors import UnfitNetworkError
 from lifelong_ens.networks.member_body import MemberBody, member_norms
 from lifelong_ens.networks.plain import without_classifier
 from lifelong_ens.training.fit import Fit
@@ -54,13 +54,13 @@ class NormTunedNetwork(MemberBody):
         start: Where a new task's norms start.
 
     Raises:
-        InputError: The network has no norm that a task could have of its own.
+        UnfitNetworkError: The network has no norm that a task could have of its own.
     """
 
     def __init__(self, body: nn.Module, *, start: Start = "first") -> None:
         members, selection, has_norms = member_norms(without_classifier(body), "per_member")
         if not has_norms:
-            raise InputError(
+            raise UnfitNetworkError(
                 f"bn_tuned trains norms, and {type(body).__name__} has no batch, layer or group norm: "
                 "use a network with norms, such as --network resnet18."
             )

@@ -11,6 +11,7 @@ information).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +50,28 @@ def expected_calibration_error(log_probs: Tensor, labels: Tensor, num_bins: int 
     bins = ((confidence * num_bins).ceil().long() - 1).clamp(0, num_bins - 1)
     gap = confidence.new_zeros(num_bins).index_add(0, bins, correct - confidence)
     return gap.abs().sum() / confidence.numel()
+
+
+def calibration(log_probs: Tensor, labels: Tensor) -> dict[str, float]:
+    """``nll``, ``ece`` (15 bins) and ``brier`` of one set of predictions."""
+    return {
+        "nll": float(nll(log_probs, labels)),
+        "ece": float(expected_calibration_error(log_probs, labels)),
+        "brier": float(brier(log_probs, labels)),
+    }
+
+
+def pooled(predictions: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Predictions of several tasks as one set: log-probabilities ``(1, batch, classes)`` and labels ``(batch,)``.
+
+    Args:
+        predictions: For every task log-probabilities ``(members, batch, classes)`` and labels; a task of fewer classes
+            than another gives those that it lacks no probability.
+    """
+    parts = [ensemble_log_probs(log_probs) for log_probs, _ in predictions]
+    width = max(part.shape[1] for part in parts)
+    padded = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=-torch.inf) for part in parts]
+    return torch.cat(padded).unsqueeze(0), torch.cat([labels for _, labels in predictions])
 
 
 def predictive_entropy(log_probs: Tensor) -> Tensor:

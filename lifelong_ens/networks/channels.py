@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lifelong_ens.errors import InputError
+from lifelong_ens.errors import UnfitNetworkError
 
 UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -79,12 +79,12 @@ def trace_channels(body: nn.Module) -> list[Channels]:
             residual sums, nested as it may be.
 
     Raises:
-        InputError: Something in it does what cannot be followed; the line names it.
+        UnfitNetworkError: Something in it does what cannot be followed; the line names it.
     """
     try:
         graph = fx.symbolic_trace(body).graph
     except Exception as error:  # fx raises whatever the forward does with a proxy
-        raise InputError(f"{type(body).__name__}: its layers cannot be followed: {error}") from error
+        raise UnfitNetworkError(f"{type(body).__name__}: its layers cannot be followed: {error}") from error
     return _Tracer(body).run(graph)
 
 
@@ -115,7 +115,7 @@ class _Tracer:
                 }
                 self.flows[node] = handle.get(node.op, self._refuse)(node)
         if features is None:
-            raise InputError("the network's output is no tensor whose channels could be followed.")
+            raise UnfitNetworkError("the network's output is no tensor whose channels could be followed.")
         return self._collect(self._root(features.group))
 
     def _collect(self, features: int) -> list[Channels]:
@@ -125,7 +125,9 @@ class _Tracer:
             return tuple(name for name, group in pairs if self._root(group) == root)
 
         if not roots:
-            raise InputError("the network has no linear or convolution layer whose units could be counted.")
+            raise UnfitNetworkError(
+                "the network has no linear or convolution layer whose units could be counted."
+            )
         found = []
         for root in roots:
             # added to the network's own input, which nothing can widen
@@ -201,14 +203,14 @@ class _Tracer:
     def _refuse(self, node: Any) -> Any:
         name = str(getattr(node, "target", node))
         kind = f" ({type(self.modules[name]).__name__})" if name in self.modules else ""
-        raise InputError(
+        raise UnfitNetworkError(
             f"the channels cannot be followed through {name}{kind}; use a network of linear and convolution layers, "
             "batch norms, ReLU, pooling, flattening and sums."
         )
 
     def _once(self, name: str, pairs: list[tuple[str, int]]) -> None:
         if any(name == other for other, _ in pairs):
-            raise InputError(f"{name} is used twice; a layer that is shared cannot be widened or cut.")
+            raise UnfitNetworkError(f"{name} is used twice; a layer that is shared cannot be widened or cut.")
 
     def _new_group(self, size: int) -> int:
         self.parents.append(len(self.parents))

@@ -23,13 +23,14 @@ class GrowingNetwork(TaskNetwork):
     an earlier task's slice of the weights is what it was. Every task has a head and batch norms of its own.
 
     Attributes:
+        num_features: Of the body as it was given; a task's own head may read more.
         groups: Channels that grow together, in the order in which they are written; sizes are given in this order.
 
     Args:
         body: A network with ``num_features``, or a classifier whose last linear layer is taken off.
 
     Raises:
-        InputError: The body holds something through which channels cannot be followed.
+        UnfitNetworkError: The body holds something through which channels cannot be followed.
     """
 
     frozen_past = True
@@ -38,6 +39,7 @@ class GrowingNetwork(TaskNetwork):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         plain = without_classifier(copy.deepcopy(body))
+        self.num_features: int = plain.num_features  # pyright: ignore
         # a template, not a part: kept out of the state
         self.template = [plain]
         self.groups: list[Channels] = trace_channels(plain)
@@ -46,7 +48,7 @@ class GrowingNetwork(TaskNetwork):
         self.register_buffer("sizes", torch.zeros(0, len(self.groups), dtype=torch.long))
         self.body = self._growing(copy.deepcopy(plain))
         features = next((group for group in self.groups if group.features), None)
-        self._feature_positions = 1 if features is None else plain.num_features // features.size  # pyright: ignore
+        self._feature_positions = 1 if features is None else self.num_features // features.size
 
     def add_task(self, num_classes: int) -> None:
         """Commit and freeze what there is; add norms and a head. The task's units come from ``grow``."""
@@ -148,7 +150,7 @@ class GrowingNetwork(TaskNetwork):
     def _num_features(self) -> int:
         index = next((i for i, group in enumerate(self.groups) if group.features), None)
         if index is None:
-            return int(self.template[0].num_features)  # pyright: ignore
+            return self.num_features
         return self.stamps.table[-1][index] * self._feature_positions
 
     def _resize_head(self, kept: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from lifelong_ens.convert import (
     plan_conversion,
     replace_modules,
 )
-from lifelong_ens.errors import InputError
+from lifelong_ens.errors import UnfitNetworkError
 from lifelong_ens.layers.bank import Bank, Selection
 from lifelong_ens.layers.masked import MaskedLayer
 from lifelong_ens.networks.task import TaskNetwork, by_task
@@ -50,16 +50,16 @@ def mask_layers(body: nn.Module, make: Callable[[nn.Module], MaskedLayer]) -> nn
     """Put a masked layer in the place of every linear and convolution layer of ``body``, which is changed.
 
     Raises:
-        InputError: There is no such layer, or two share a weight, so that two masks would fight over it.
+        UnfitNetworkError: There is no such layer, or two share a weight, so that two masks would fight over it.
     """
     targets = [one for one in body.modules() if type(one) in MASKABLE and "weight" in one._parameters]
     if not targets:
-        raise InputError(
+        raise UnfitNetworkError(
             f"{type(body).__name__} has no linear or convolution layer whose weights could be masked."
         )
     uses = Counter(id(one._parameters["weight"]) for one in targets)
     if max(uses.values()) > 1:
-        raise InputError(
+        raise UnfitNetworkError(
             f"{type(body).__name__}: layers that share one weight can't have masks of their own."
         )
     for name, module in body.named_modules():

@@ -11,6 +11,10 @@ METRICS = ("average_accuracy", "forgetting", "backward_transfer", "forward_trans
 """The metrics of a run."""
 
 
+CALIBRATION = ("nll", "ece", "brier")
+"""How sure a run's answers are, over the test images of all tasks."""
+
+
 class Column(NamedTuple):
     """One column of a table."""
 
@@ -29,6 +33,13 @@ _GUESSED_TASK = "share of images whose task is guessed right, where the run had 
 _GUESSED_CLASS = "share of images whose guessed task and class are both right"
 _TRAINED = Column("trained_task", "", "the task trained last, counted from 0")
 _KEYS = (_STREAM, _STRATEGY, _SEED)
+_NLL = Column("nll", "nats", "mean negative log-likelihood of the members' mean probability")
+_ECE = Column("ece", "[0, 1]", "expected calibration error of the members' mean probability, 15 equal bins")
+_BRIER = Column("brier", "[0, 2]", "mean squared distance of the members' mean probability from the label")
+
+
+def _over(column: Column, task: str) -> Column:
+    return column._replace(meaning=f"{column.meaning}; over the test images of all tasks seen after {task}")
 
 
 def _ratio(cost: str) -> Column:
@@ -69,6 +80,7 @@ RUNS = (
     Column("disk_bytes", "bytes", "written to disk for the model after the last task"),
     _ratio("disk_bytes"),
     Column("saved_bytes", "bytes", "saved for the backward pass, peak over all tasks"),
+    *(_over(column, "the last one") for column in (_NLL, _ECE, _BRIER)),
     Column(
         "task_identification_accuracy", "[0, 1]", f"{_GUESSED_TASK}, mean over all tasks after the last one"
     ),
@@ -88,9 +100,9 @@ ACCURACY = (
     Column("eval_task", "", "the task evaluated, counted from 0"),
     Column("accuracy", "[0, 1]", "on the test images of `eval_task`; only what was measured has a row"),
     _SETTING,
-    Column("nll", "nats", "mean negative log-likelihood of the members' mean probability"),
-    Column("ece", "[0, 1]", "expected calibration error of the members' mean probability, 15 equal bins"),
-    Column("brier", "[0, 2]", "mean squared distance of the members' mean probability from the label"),
+    _NLL,
+    _ECE,
+    _BRIER,
     Column("entropy", "nats", "mean entropy of the members' mean probability"),
     Column("task_identification_accuracy", "[0, 1]", _GUESSED_TASK),
     Column("class_incremental_accuracy", "[0, 1]", _GUESSED_CLASS),
@@ -118,6 +130,7 @@ TASKS = (
     _TRAINED,
     Column("num_classes", "classes", "of `trained_task`"),
     Column("average_accuracy", "[0, 1]", "mean accuracy over the tasks seen so far"),
+    *(_over(column, "`trained_task`") for column in (_NLL, _ECE, _BRIER)),
     Column("flops_forward", "FLOPs", "of one image through the path of `trained_task`"),
     Column("flops_forward_rank1", "FLOPs", "the part of `flops_forward` spent on rank-1 products"),
     Column("flops_training", "FLOPs", "of training so far"),

@@ -133,6 +133,7 @@ def _run(record: _Record) -> dict[str, Any]:
         "seconds_evaluation": last["seconds_evaluation"],
         "disk_bytes": last["disk_bytes"],
         "saved_bytes": max(saved) if None not in saved else None,
+        **{name: last.get(name) for name in columns.CALIBRATION},
         **_guesses(record, last["trained_task"]),
         "num_tasks": record["stream"]["num_tasks"],
         "network": record["network"]["name"],

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from experiments.compare import compare
 from lifelong_ens import Fit, Report, TaskNetwork, batch_ensemble
+from lifelong_ens.errors import InputError
 from lifelong_ens.networks import mlp, resnet18
-from strategies import Strategy, batch_ensemble_lifelong, finetune, pnn
+from strategies import Strategy, batch_ensemble_lifelong, bn_tuned, finetune, pnn
 from streams import split_digits
 
 FIT = Fit(epochs=2, batch_size=32)
@@ -60,6 +61,15 @@ def test_nothing_to_run_is_said():
         compare(split_digits, {}, progress=False)
 
 
+def test_a_strategy_that_cannot_run_on_the_network_does_not_stop_the_others(caplog):
+    unfit = {"bn_tuned": lambda seed: bn_tuned(BODY(), fit=FIT, seed=seed)}
+    report = compare(split_digits, {**unfit, "f": strategies()["finetune"]}, progress=False)
+    assert report.runs["strategy"].tolist() == ["f"]
+    assert "bn_tuned did not run: bn_tuned trains norms" in caplog.text
+    with pytest.raises(InputError, match="use a network with norms"):
+        compare(split_digits, unfit, progress=False)
+
+
 class ProgressiveHeads(TaskNetwork):
     """The smallest method of one's own: a frozen random body and a head for each task."""
 
@@ -100,3 +110,14 @@ def test_calibration_of_every_task_is_beside_its_accuracy():
     assert report.accuracy["brier"].between(0, 2).all()
     # one member cannot disagree with itself
     assert report.accuracy["disagreement"].isna().all()
+
+
+def test_calibration_over_the_stream_pools_all_tasks():
+    report = compare(split_digits(num_tasks=3), {"f": strategies()["finetune"]}, progress=False)
+    last = report.tasks.iloc[-1]
+    run = report.runs.iloc[0]
+    assert run[["nll", "ece", "brier"]].tolist() == last[["nll", "ece", "brier"]].tolist()
+    final = report.accuracy[report.accuracy["trained_task"] == 2]
+    # the mean of tasks bounds what pooling them gives, where bins are compared; for sums they are weighted means
+    assert final["nll"].min() < run["nll"] < final["nll"].max()
+    assert run["ece"] <= (final["ece"] * 1.2).max()

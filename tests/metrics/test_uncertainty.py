@@ -90,3 +90,17 @@ def test_wrong_shapes_are_refused() -> None:
         uncertainty.nll(TWO[0], LABELS)
     with pytest.raises(ValueError, match="labels"):
         uncertainty.brier(TWO, LABELS[:1])
+
+
+def test_pooled_tasks_equal_one_set_of_all_their_answers():
+    narrow, wide = torch.randn(2, 5, 3).log_softmax(-1), torch.randn(4, 7, 6).log_softmax(-1)
+    first, second = torch.randint(3, (5,)), torch.randint(6, (7,))
+    log_probs, labels = uncertainty.pooled([(narrow, first), (wide, second)])
+    assert log_probs.shape == (1, 12, 6)
+    found = uncertainty.calibration(log_probs, labels)
+    for name in ("nll", "brier"):
+        alone = [uncertainty.calibration(narrow, first)[name], uncertainty.calibration(wide, second)[name]]
+        assert found[name] == pytest.approx((5 * alone[0] + 7 * alone[1]) / 12, rel=1e-5)
+    confidence = uncertainty.ensemble_log_probs(log_probs).exp().max(dim=1).values
+    expected = torch.cat([narrow.exp().mean(0).max(1).values, wide.exp().mean(0).max(1).values])
+    torch.testing.assert_close(confidence, expected)
