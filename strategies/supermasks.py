@@ -60,8 +60,8 @@ class SupermaskNetwork(MemberBody):
 
     Source: Wortsman et al. 2020, section 3.2 (scenario GG: the task is known in training and at test time). Masks are
     found by edge-popup (Ramanujan et al., CVPR 2020): those of a layer's weights with the largest scores are used,
-    and the gradient of the mask passes straight through to the scores. The paper's last layer is masked too; here,
-    as for all methods that are compared, every task has a trained linear head.
+    and the gradient of the mask passes straight through to the scores; the released code ranks absolute scores. There
+    the last layer is masked too; here, as for all methods that are compared, every task has a trained linear head.
 
     A committed mask takes a bit per weight, component ``mask``. W stays in the state, component ``shared``. FLOPs are
     those of dense execution.
