@@ -1,4 +1,4 @@
-"""The command line: ``lifelong-ens compare | report | list | bench``.
+"""The command line: ``lifelong-ens compare | tune | report | list | bench``.
 
 Nothing heavy is imported before it is known what is asked for.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import catalogue
+from experiments.search import DEFAULT_SEARCH
 from lifelong_ens.errors import InputError, NonFiniteLossError, nearest
 
 EXAMPLES = """
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}; what was finished before is kept", parsed.debug)
     except KeyboardInterrupt:
-        print("lifelong-ens: stopped; the same command goes on after the last finished task", file=sys.stderr)
+        print("lifelong-ens: stopped; the same command goes on after what is finished", file=sys.stderr)
         return 130
 
 
@@ -65,22 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare", help="run strategies over a stream and report", epilog=_compare_epilog(), **common
     )
-    compare.add_argument(
-        "--config", type=Path, metavar="YAML", help="a file with any of these options by name"
-    )
-    compare.add_argument("--stream", help="name of the stream, or module:function (default: split_digits)")
-    compare.add_argument(
-        "--strategies", help="names or module:function, joined by commas (default: finetune,batch_ensemble)"
-    )
-    compare.add_argument(
-        "--network",
-        help="name of the network, or module:function (default: mlp for digits and MNIST kinds, else lenet5)",
-    )
-    compare.add_argument("--seeds", help="how many seeds, or a list such as 0,3,7 (default: 1)")
+    _add_experiment(compare)
     compare.add_argument(
         "--out", type=Path, help="folder for records, tables and plots (default: results/STREAM)"
     )
-    compare.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")
     compare.add_argument(
         "--task_inference",
         metavar="RULE",
@@ -91,6 +80,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_debug(compare)
     compare.set_defaults(run=_compare)
+
+    tune = commands.add_parser(
+        "tune",
+        help="choose options of strategies on validation images",
+        description="Choose options of each strategy on the validation images of a stream's first tasks, with as many "
+        "trials for each. It never sees test images. Writes tuned.yaml for `compare --config`, trials.csv, and "
+        "study.journal, by which the same command goes on where it stopped.",
+        epilog=_tune_epilog(),
+        **common,
+    )
+    _add_experiment(tune)
+    tune.add_argument("--trials", help="trials of each strategy, earlier ones included (default: 20)")
+    tune.add_argument("--num_tasks_used", help="how many of the first tasks are used (default: 3)")
+    tune.add_argument(
+        "--search",
+        action="append",
+        metavar="OPTION=SPACE",
+        help="search this option in log:LOW:HIGH, LOW:HIGH or A,B,C; may be repeated (default: see below)",
+    )
+    tune.add_argument("--out", type=Path, help="folder for what is written (default: results/STREAM-tune)")
+    _add_debug(tune)
+    tune.set_defaults(run=_tune)
 
     report = commands.add_parser(
         "report", help="make the tables and plots of a folder of records again", **common
@@ -127,6 +138,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    """What ``compare`` and ``tune`` have in common."""
+    parser.add_argument(
+        "--config", type=Path, metavar="YAML", help="a file with any of these options by name"
+    )
+    parser.add_argument("--stream", help="name of the stream, or module:function (default: split_digits)")
+    parser.add_argument(
+        "--strategies", help="names or module:function, joined by commas (default: finetune,batch_ensemble)"
+    )
+    parser.add_argument(
+        "--network",
+        help="name of the network, or module:function (default: mlp for digits and MNIST kinds, else lenet5)",
+    )
+    parser.add_argument("--seeds", help="how many seeds, or a list such as 0,3,7 (default: 1)")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")
+
+
 def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -134,8 +162,30 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 def _compare_epilog() -> str:
     lines = ["options of training:", *_option_lines(catalogue.FIT)]
     lines += ["", "Options of the stream, network and strategies are given the same way, --num_tasks 10; see"]
-    lines += ["lifelong-ens list NAME. One for a single strategy is written --batch_ensemble.init gaussian."]
+    lines += [
+        "lifelong-ens list NAME. One for a single strategy is written --batch_ensemble.init gaussian, and"
+    ]
+    lines += ["so are options of training that it has for itself: --batch_ensemble.learning_rate 0.1."]
     return "\n".join([*lines, EXAMPLES])
+
+
+def _tune_epilog() -> str:
+    lines = [
+        "searched without --search, each for itself and only where it is not given (--learning_rate 0.1):"
+    ]
+    lines += [f"  {name}={space}" for name, space in DEFAULT_SEARCH.items()]
+    lines += [
+        "",
+        "Options of the stream, network, strategies and training are given as in lifelong-ens compare.",
+    ]
+    lines += ["Validation images are held out of the training images: --validation 0.1.", "", "examples:"]
+    lines += ["  lifelong-ens tune --strategies finetune,batch_ensemble --validation 0.2 --out results/tune"]
+    lines += [
+        "  lifelong-ens tune --validation 0.2 --search learning_rate=log:1e-3:1 --search optimizer=sgd,adam"
+    ]
+    lines += ["  lifelong-ens tune --strategies packnet --validation 0.2 --search packnet.prune=0.5:0.9"]
+    lines += ["  lifelong-ens compare --config results/tune/tuned.yaml --seeds 5 --out results/tuned"]
+    return "\n".join(lines)
 
 
 def _option_lines(target: str) -> list[str]:
@@ -201,6 +251,20 @@ def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
     plan = plan_comparison(vars(parsed), rest)
     _show(plan.run(), plan.out)
+
+
+def _tune(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    from tabulate import tabulate
+
+    from experiments.tune import plan_tuning
+
+    plan = plan_tuning(vars(parsed), rest)
+    tuned = plan.run()
+    print(
+        tabulate(tuned.headline(), headers="keys", tablefmt="simple", showindex=False, disable_numparse=True)
+    )
+    print(f"\nall trials: {plan.out / 'trials.csv'}")
+    print(f"next: lifelong-ens compare --config {plan.out / 'tuned.yaml'} --seeds 5 --out OUT")
 
 
 def _show(report: Any, out: Path) -> None:

@@ -16,7 +16,7 @@ from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 from tqdm import tqdm
 
-from experiments.run import Cell, Named, Run, check_writable, discard, finished_record
+from experiments.run import Cell, Named, Run, check_writable, discard, finished_record, state_tuning
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
 from lifelong_ens.report import Report
@@ -81,7 +81,7 @@ def run_cells(
 
     @functools.lru_cache(maxsize=1)  # the strategies of a seed share its benchmark
     def benchmark_of(seed: int) -> CLScenario:
-        return make_benchmark(**_taken(make_benchmark, {"seed": seed}))
+        return make_benchmark(**taken(make_benchmark, {"seed": seed}))
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if out is None else out)
@@ -92,7 +92,10 @@ def run_cells(
             if force:
                 discard(cell, folder)
             try:
-                if finished_record(cell, folder) is None:
+                record = finished_record(cell, folder)
+                if record is not None:
+                    state_tuning(cell, record, folder)
+                else:
                     _run(cell, benchmark_of(cell.seed), build, folder, chosen, progress)
             except (NonFiniteLossError, UnfitNetworkError) as error:
                 problems.append((cell.strategy.name, error))
@@ -150,7 +153,7 @@ def _run(
     progress: bool,
 ) -> None:
     def build_here(seed: int) -> SupervisedTemplate:
-        return build(**_taken(build, {"device": device, "benchmark": benchmark, "seed": seed}))
+        return build(**taken(build, {"device": device, "benchmark": benchmark, "seed": seed}))
 
     with tqdm(desc=cell.label(), unit="step", disable=None if progress else True, leave=False) as bar:
         run = Run(cell, benchmark, build_here, folder, on_step=bar.update)
@@ -177,7 +180,7 @@ def _say(record: Mapping[str, Any], cell: Cell) -> None:
     log.info("%s: %.1f %% average accuracy, trained in %.1f s", cell.label(), accuracy, seconds)
 
 
-def _taken(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+def taken(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
     """Those keywords that a function takes and that a partial has not set already."""
     parameters, already = inspect.signature(function).parameters, _keywords(function)
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
@@ -215,7 +218,7 @@ def strategy_builder(
         shape = getattr(benchmark, "image_shape", None) or tuple(
             benchmark.streams["train"][0].dataset[0][0].shape
         )
-        body = network(**_taken(network, {"input_shape": shape}), **network_options)
+        body = network(**taken(network, {"input_shape": shape}), **network_options)
         try:
             with torch.no_grad():
                 body.eval()(torch.zeros(1, *shape))
@@ -224,7 +227,7 @@ def strategy_builder(
                 f"the network does not fit images of {'x'.join(map(str, shape))}: {error}"
             ) from error
         return builder(
-            body.train(), **_taken(builder, {"fit": fit, "seed": seed, "device": device}), **options
+            body.train(), **taken(builder, {"fit": fit, "seed": seed, "device": device}), **options
         )
 
     return build

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,29 @@ class Owner:
     function: Callable[..., Any]
     # a stream's seed is the run's own unless it is given by its full name
     only_dotted: frozenset[str] = frozenset()
+    # a strategy takes options of training for itself alone, by their full names
+    beside: Callable[..., Any] | None = None
 
     def types(self) -> dict[str, Any]:
         """The type of every argument that a user can set."""
+        beside = {} if self.beside is None else Owner(self.name, self.beside).types()
+        return beside | self.own_types()
+
+    def own_types(self) -> dict[str, Any]:
+        """The type of every argument that a user can set, of ``function`` alone."""
         hints, names = _hints(self.function), inspect.signature(self.function).parameters
         return {
             name: hints.get(name, Any) for name in names if name not in FILLED or name in self.only_dotted
         }
+
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of ``function``'s arguments."""
+        parameters = inspect.signature(self.function).parameters
+        return {name: parameter.default for name, parameter in parameters.items()}
+
+    def plain(self) -> set[str]:
+        """The names that can be given without the owner's."""
+        return self.own_types().keys() - self.only_dotted
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
@@ -44,17 +60,17 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def read_options(
-    owners: Sequence[Owner], arguments: Sequence[str], config: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """What was set for every owner.
+    owners: Sequence[Owner], arguments: Sequence[str], config: Mapping[str, Any], also: Iterable[str] = ()
+) -> dict[str, Any]:
+    """What was set, by the names under which it was given; ``of_owner`` says what goes to whom.
 
-    An option under its own name goes to every owner that takes it; ``owner.option`` goes to that one and wins. The
-    command line wins over the YAML file.
+    The command line wins over the YAML file.
 
     Args:
         owners: Stream, network, strategies, training.
         arguments: What is left of the command line: ``--name value`` or ``--owner.name=value``.
         config: What is left of the YAML file; an owner's own options may be nested under its name.
+        also: Other names that may have been meant.
 
     Raises:
         InputError: An option that nobody takes, with the nearest names; a value of the wrong type.
@@ -63,19 +79,20 @@ def read_options(
     for owner in owners:
         for name, kind in owner.types().items():
             kinds.setdefault(f"{owner.name}.{name}", kind)
-            if name not in owner.only_dotted:
+            if name in owner.plain():
                 kinds.setdefault(name, kind)
-    given = {**_flatten(config), **_pairs(arguments)}
+    given = {**flatten(config), **_pairs(arguments)}
     for name in given:
         if name not in kinds:
-            raise InputError(f"unknown option --{name}; {nearest(name, kinds)}")
-    values = {name: _typed(name, value, kinds[name]) for name, value in given.items()}
-    return {owner.name: _of_owner(owner, values) for owner in owners}
+            valid = [one for one in [*kinds, *also] if ("." in one) == ("." in name)]
+            raise InputError(f"unknown option --{name}; {nearest(name, valid)}")
+    return {name: typed(name, value, kinds[name]) for name, value in given.items()}
 
 
-def _of_owner(owner: Owner, values: Mapping[str, Any]) -> dict[str, Any]:
-    taken = owner.types()
-    plain = {name: value for name, value in values.items() if name in taken and name not in owner.only_dotted}
+def of_owner(owner: Owner, values: Mapping[str, Any]) -> dict[str, Any]:
+    """An option under its own name goes to every owner that takes it; ``owner.option`` to that one, and wins."""
+    taken = owner.plain()
+    plain = {name: value for name, value in values.items() if name in taken}
     prefix = f"{owner.name}."
     dotted = {name[len(prefix) :]: value for name, value in values.items() if name.startswith(prefix)}
     return plain | dotted
@@ -99,17 +116,22 @@ def _pairs(arguments: Sequence[str]) -> dict[str, Any]:
     return pairs
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as one level, named as on the command line: ``owner.option``."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         flat |= (
-            _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+            flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
         )
     return flat
 
 
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """A value checked and converted by the type that its function asks for."""
+def typed(name: str, value: Any, kind: Any) -> Any:
+    """A value checked and converted by the type that its function asks for.
+
+    Raises:
+        InputError: It is of another type.
+    """
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:
@@ -119,11 +141,11 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
             else parser.parse_object({"value": value})
         )
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise InputError(f"--{name} {value}: expected {_readable(kind)}.") from error
+        raise InputError(f"--{name} {value}: expected {readable(kind)}.") from error
     return parsed.value
 
 
-def _readable(kind: Any) -> str:
+def readable(kind: Any) -> str:
     """A type in words: the choices of a literal, else its name."""
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))

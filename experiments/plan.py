@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,11 +14,14 @@ import yaml
 
 from experiments import catalogue
 from experiments.compare import BuildStrategy, run_cells, strategy_builder
-from experiments.options import Owner, make_fit, read_options
+from experiments.options import Owner, make_fit, of_owner, read_options
 from experiments.run import Cell, Named
 from lifelong_ens.errors import InputError
 from lifelong_ens.report import Report
+from lifelong_ens.report.records import check_tuning
 from lifelong_ens.training.fit import Fit
+
+log = logging.getLogger(__name__)
 
 GENERAL = {
     "stream": "split_digits",
@@ -25,12 +30,59 @@ GENERAL = {
     "seeds": 1,
     "out": None,
     "device": "auto",
-    "task_inference": "none",
-    "force": False,
 }
+COMPARE = {"task_inference": "none", "force": False, "tuning": None}
+TUNE = {"trials": 20, "num_tasks_used": 3, "search": None}
 FIT_OWNER = "training"
 # up to 28x28 pixels, where an MLP is the network by default
 SMALL_IMAGES = ("split_digits", "split_mnist", "permuted_mnist", "rotated_mnist", "split_fashion_mnist")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What was named, loaded, with its options.
+
+    Attributes:
+        general: What belongs to the command itself, defaults filled in.
+        given: All other options as they were given, name to value.
+        stream: The stream and its options.
+        make_benchmark: Its builder with these options; the seed is missing.
+        network: The network and its options.
+        make_network: Its builder.
+        strategies: Each strategy's owner of options, by the strategy's name.
+        fit: The training that all strategies share.
+    """
+
+    general: Mapping[str, Any]
+    given: Mapping[str, Any]
+    stream: Named
+    make_benchmark: Callable[..., Any]
+    network: Named
+    make_network: Callable[..., Any]
+    strategies: Mapping[str, Owner]
+    fit: Fit
+
+    @property
+    def seeds(self) -> list[int]:
+        """One run of every strategy for each."""
+        return _seeds(self.general["seeds"])
+
+    def options(self, strategy: str) -> dict[str, Any]:
+        """What a strategy was given for itself, options of training included."""
+        return of_owner(self.strategies[strategy], self.given)
+
+    def cell(
+        self, strategy: str, seed: int, options: Mapping[str, Any], **more: Any
+    ) -> tuple[Cell, BuildStrategy]:
+        """One run of a strategy with options of its own, and its builder."""
+        owner = self.strategies[strategy]
+        names = owner.own_types()
+        own = {name: value for name, value in options.items() if name in names}
+        training = {name: value for name, value in options.items() if name not in names}
+        fit = dataclasses.replace(self.fit, **training)
+        build = strategy_builder(owner.function, self.make_network, self.network.options, fit, **own)
+        named = Named(strategy, options)
+        return Cell(self.stream, named, self.network, asdict(self.fit), seed, **more), build
 
 
 @dataclass(frozen=True)
@@ -58,42 +110,74 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
     Raises:
         InputError: Something named or given cannot be used.
     """
+    experiment = read_experiment(parsed, rest)
+    general = experiment.general
+    inference = _inference(general["task_inference"])
+    tuning = _tuning(experiment, general["tuning"])
+    cells = [
+        experiment.cell(
+            name, seed, experiment.options(name), task_inference=inference, tuning=tuning.get(name)
+        )
+        for seed in experiment.seeds
+        for name in experiment.strategies
+    ]
+    out = Path(general["out"] or Path("results") / short(experiment.stream.name))
+    return Plan(cells, experiment.make_benchmark, out, str(general["device"]), bool(general["force"]))
+
+
+def read_experiment(parsed: Mapping[str, Any], rest: Sequence[str]) -> Experiment:
+    """What ``compare`` and ``tune`` have in common; a YAML file may hold options of both.
+
+    Raises:
+        InputError: Something named or given cannot be used.
+    """
     config = _read_config(parsed.get("config"))
-    general = {name: _first(parsed.get(name), config.pop(name, None), GENERAL[name]) for name in GENERAL}
-    stream_name = str(general["stream"])
-    strategy_names = _names(general["strategies"])
+    known = {**GENERAL, **COMPARE, **TUNE}
+    general = {name: _first(parsed.get(name), config.pop(name, None), known[name]) for name in known}
+    stream_name, names = str(general["stream"]), _names(general["strategies"])
     stream = catalogue.load(catalogue.target_of("stream", stream_name))
-    builders = {name: catalogue.load(catalogue.target_of("strategy", name)) for name in strategy_names}
     network_name = str(general["network"] or ("mlp" if stream_name in SMALL_IMAGES else "lenet5"))
     network = catalogue.load(catalogue.target_of("network", network_name))
-    owners = [
-        Owner(_short(stream_name), stream, only_dotted=frozenset({"seed"})),
-        Owner(_short(network_name), network),
-        *(Owner(_short(name), builder) for name, builder in builders.items()),
-        Owner(FIT_OWNER, Fit),
-    ]
-    options = read_options(owners, rest, config)
-    stream_options, network_options = options[owners[0].name], options[owners[1].name]
-    fit = make_fit(options[FIT_OWNER])
-    inference = _inference(general["task_inference"])
-    cells = [
-        (
-            Cell(
-                Named(stream_name, stream_options),
-                Named(name, options[_short(name)]),
-                Named(network_name, network_options),
-                asdict(fit),
-                seed,
-                inference,
-            ),
-            strategy_builder(builder, network, network_options, fit, **options[_short(name)]),
-        )
-        for seed in _seeds(general["seeds"])
-        for name, builder in builders.items()
-    ]
-    out = Path(general["out"] or Path("results") / _short(stream_name))
-    make_benchmark = functools.partial(stream, **stream_options)
-    return Plan(cells, make_benchmark, out, str(general["device"]), bool(general["force"]))
+    strategies = {name: strategy_owner(name) for name in names}
+    stream_owner = Owner(short(stream_name), stream, only_dotted=frozenset({"seed"}))
+    network_owner, fit_owner = Owner(short(network_name), network), Owner(FIT_OWNER, Fit)
+    given = read_options(
+        [stream_owner, network_owner, *strategies.values(), fit_owner], rest, config, also=parsed
+    )
+    stream_options = of_owner(stream_owner, given)
+    return Experiment(
+        general,
+        given,
+        Named(stream_name, stream_options),
+        functools.partial(stream, **stream_options),
+        Named(network_name, of_owner(network_owner, given)),
+        network,
+        strategies,
+        make_fit(of_owner(fit_owner, given)),
+    )
+
+
+def strategy_owner(name: str) -> Owner:
+    """A strategy's builder as the owner of its options."""
+    return Owner(short(name), catalogue.load(catalogue.target_of("strategy", name)), beside=Fit)
+
+
+def _tuning(experiment: Experiment, tuning: Any) -> dict[str, Mapping[str, Any]]:
+    """The protocols in a YAML file that ``tune`` wrote, of the strategies that still have the tuned values."""
+    if tuning is None:
+        return {}
+    if not isinstance(tuning, Mapping):
+        raise InputError("the config's `tuning` is not what tune writes: take it out, or tune again.")
+    kept = {}
+    for name in experiment.strategies:
+        if name not in tuning:
+            continue
+        check_tuning(tuning[name], f"the config's `tuning.{name}`")
+        if tuning[name]["best"].items() <= experiment.options(name).items():
+            kept[name] = tuning[name]
+        else:
+            log.warning("%s: its options are not the tuned ones; its records do not count as tuned", name)
+    return kept
 
 
 def _first(*values: Any) -> Any:
@@ -147,6 +231,6 @@ def _seeds(value: Any) -> list[int]:
     return numbers if is_list else list(range(numbers[0]))
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """The name that options of a module:function are given under."""
     return name.rpartition(":")[2]

@@ -60,12 +60,14 @@ class Cell:
 
     Attributes:
         stream: The stream and its options, without the seed.
-        strategy: The strategy and its own options.
+        strategy: The strategy and its own options, with those of training that it has for itself.
         network: The network and its options.
-        fit: How each task is trained, as a dictionary.
+        fit: How each task is trained, as a dictionary; what all strategies of a comparison share.
         seed: Of everything random.
         task_inference: How the task of a test image is guessed beside being told: ``none``, ``entropy`` or
             ``max_probability``.
+        tuning: How options of the strategy were tuned, see ``lifelong_ens.report.records``; None where they were
+            given. It says where a run comes from and is no part of what the run is.
     """
 
     stream: Named
@@ -74,6 +76,7 @@ class Cell:
     fit: Mapping[str, Any]
     seed: int
     task_inference: Literal["none", "entropy", "max_probability"] = "none"
+    tuning: Mapping[str, Any] | None = None
 
     @property
     def setting(self) -> str:
@@ -308,6 +311,7 @@ class Run:
             "fit": dict(self.cell.fit),
             "seed": self.cell.seed,
             "task_inference": self.cell.task_inference,
+            "tuning": self.cell.tuning,
             "setting": self.cell.setting,
             "accuracy": self.progress.accuracy,
             "uncertainty": self.progress.uncertainty,
@@ -335,6 +339,12 @@ def finished_record(cell: Cell, out: Path) -> dict[str, Any] | None:
         log.warning("%s: running again: %s", cell.label(), error)
         return None
     return record
+
+
+def state_tuning(cell: Cell, record: Mapping[str, Any], out: Path) -> None:
+    """A finished run that has since been found by tuning says so; the run is the same."""
+    if cell.tuning is not None and record.get("tuning") != cell.tuning:
+        write_json(out / "records" / f"{cell.key}.json", {**record, "tuning": cell.tuning})
 
 
 def discard(cell: Cell, out: Path) -> None:

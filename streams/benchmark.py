@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from avalanche.benchmarks.utils.flat_data import FlatData, LazyIndices, LazyRang
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from lifelong_ens.errors import InputError
 from lifelong_ens.training.data import ImageData
 
 _CLASS_LISTS = ("classes_in_this_experience", "previous_classes", "classes_seen_so_far", "future_classes")
@@ -327,14 +328,48 @@ def make_benchmark(
         stream: [StreamDataset.from_images(images, task) for task, images in enumerate(tasks)]
         for stream, tasks in parts.items()
     }
+    return StreamBenchmark(
+        _task_aware(datasets), name=name, image_shape=train[0].image_shape, classes=ids, class_names=names
+    )
+
+
+def without_test(benchmark: CLScenario, num_tasks: int) -> CLScenario:
+    """The first tasks of a benchmark, with their validation images where the test images were.
+
+    It is a new benchmark: neither it nor its experiences lead to a test dataset, so what is chosen by it cannot have
+    been chosen by test data.
+
+    Raises:
+        InputError: The benchmark has no stream ``valid``, or fewer tasks.
+    """
+    if "valid" not in benchmark.streams:
+        raise InputError("the benchmark has no stream called `valid`, so there are no validation images.")
+    if not 1 <= num_tasks <= len(benchmark.streams["train"]):
+        raise InputError(f"{num_tasks} tasks were asked for; there are {len(benchmark.streams['train'])}.")
+    kept = {
+        name: [experience.dataset for experience in list(benchmark.streams[name])[:num_tasks]]  # pyright: ignore
+        for name in ("train", "valid")
+    }
+    streams = _task_aware({**kept, "test": kept["valid"]})
+    if not isinstance(benchmark, StreamBenchmark):
+        return CLScenario(list(streams))
+    return StreamBenchmark(
+        streams,
+        name=benchmark.name,
+        image_shape=benchmark.image_shape,
+        classes=benchmark.classes[:num_tasks],
+        class_names=benchmark.class_names[:num_tasks],
+    )
+
+
+def _task_aware(datasets: Mapping[str, Sequence[Any]]) -> list[EagerCLStream]:
+    """Streams of experiences that know their task and its classes, from a dataset for each task."""
     plain = cast(CLScenario, with_classes_timeline(benchmark_from_datasets(**cast(Any, datasets))))
     plain = cast(CLScenario, with_task_labels(plain))
     for stream in plain.streams.values():
         for experience in stream:
             _sort_class_lists(experience)
-    return StreamBenchmark(
-        plain.streams.values(), name=name, image_shape=train[0].image_shape, classes=ids, class_names=names
-    )
+    return list(plain.streams.values())
 
 
 def _sort_class_lists(experience: Any) -> None:

@@ -27,7 +27,7 @@ _STREAM = Column("stream", "", "name of the stream of tasks")
 _STRATEGY = Column("strategy", "", "name of the strategy; with its options where it ran with several")
 _SEED = Column("seed", "", "seed of the run")
 _SETTING = Column(
-    "setting", "", "hash of the options of stream, network and training; runs compare within one"
+    "setting", "", "hash of the options of stream, network and shared training; runs compare within one"
 )
 _GUESSED_TASK = "share of images whose task is guessed right, where the run had --task_inference"
 _GUESSED_CLASS = "share of images whose guessed task and class are both right"
@@ -88,6 +88,10 @@ RUNS = (
         "class_incremental_accuracy", "[0, 1]", f"{_GUESSED_CLASS}, mean over all tasks after the last one"
     ),
     _SETTING,
+    Column(
+        "tuning_trials", "", "trials that the strategy's options were chosen by on validation images, or 0"
+    ),
+    Column("tuning", "", "how they were chosen, in words; empty where they were given"),
     Column("num_tasks", "tasks", "in the stream"),
     Column("network", "", "name of the network"),
     Column("device", "", "that the run was on"),

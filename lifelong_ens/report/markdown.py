@@ -31,6 +31,9 @@ def summary_markdown(
     parts = ["# Summary", _tables(headline), _NOTES.rstrip()]
     parts += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in plots]
     parts += ["## How sure", _significance(significance)]
+    tuned: Any = runs.dropna(subset=["tuning"])[["stream", "strategy", "tuning"]].drop_duplicates()
+    if len(tuned):
+        parts += ["## Tuning", _tuning(tuned)]
     parts += ["## Runs", _markdown(_provenance(runs)), "## Columns", _columns(columns)]
     return "\n\n".join(parts) + "\n"
 
@@ -66,6 +69,12 @@ def _significance(table: Any) -> str:
         f"the difference {against}, not corrected for the number of strategies."
     )
     return f"{_markdown(shown)}\n\n{notes}"
+
+
+def _tuning(tuned: pd.DataFrame) -> str:
+    """A sentence for every strategy whose options were chosen by trials."""
+    rows = zip(tuned["stream"], tuned["strategy"], tuned["tuning"], strict=True)
+    return "\n".join(f"* `{strategy}` on {stream}: {words}." for stream, strategy, words in rows)
 
 
 def _provenance(runs: pd.DataFrame) -> pd.DataFrame:

@@ -41,6 +41,19 @@ _TASK_KEYS = (
     "seconds_training",
     "seconds_evaluation",
 )
+_TUNING_KEYS: dict[str, type | tuple[type, ...]] = {
+    "tuned_on": str,
+    "objective": str,
+    "sampler": str,
+    "search": Mapping,
+    "seeds": list,
+    "num_tasks_used": int,
+    "trials": int,
+    "best": Mapping,
+    "best_validation_accuracy": (int, float),
+    "flops": int,
+    "seconds": (int, float),
+}
 
 
 def check_record(record: Any, source: str) -> None:
@@ -64,9 +77,26 @@ def check_record(record: Any, source: str) -> None:
     for key in ("stream", "strategy", "network"):
         if not isinstance(record[key].get("name"), str):
             raise _damaged(source, f"`{key}.name` is missing")
+    if record.get("tuning") is not None:
+        check_tuning(record["tuning"], f"{source}: `tuning`")
     _check_accuracy(record, source)
     for table, keys in (("costs", _COST_KEYS), ("tasks", _TASK_KEYS)):
         _check_rows(record[table], keys, len(record["accuracy"]), f"{source}: `{table}`")
+
+
+def check_tuning(protocol: Any, source: str) -> None:
+    """Check that ``protocol`` says how a strategy was tuned, as ``lifelong-ens tune`` writes it.
+
+    Raises:
+        DamagedFileError: if anything is missing or ill-formed.
+    """
+    if not isinstance(protocol, Mapping):
+        raise DamagedFileError(
+            f"{source} is a {type(protocol).__name__}, not a protocol of tuning; tune again"
+        )
+    for key, kind in _TUNING_KEYS.items():
+        if not isinstance(protocol.get(key), kind):
+            raise DamagedFileError(f"{source} has no proper `{key}`; tune again")
 
 
 def load_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:

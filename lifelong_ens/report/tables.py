@@ -135,12 +135,28 @@ def _run(record: _Record) -> dict[str, Any]:
         "saved_bytes": max(saved) if None not in saved else None,
         **{name: last.get(name) for name in columns.CALIBRATION},
         **_guesses(record, last["trained_task"]),
+        **_tuning(record.get("tuning")),
         "num_tasks": record["stream"]["num_tasks"],
         "network": record["network"]["name"],
         "device": record["device"],
         "commit": record.get("commit"),
         **{f"version_{name}": version for name, version in sorted(record["versions"].items())},
     }
+
+
+def _tuning(protocol: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How the strategy's options were chosen, as a number and in words."""
+    if protocol is None:
+        return {"tuning_trials": 0, "tuning": None}
+    search = ", ".join(f"{name} in {space}" for name, space in protocol["search"].items())
+    best = ", ".join(f"{name}={value}" for name, value in protocol["best"].items())
+    words = (
+        f"the best of {protocol['trials']} trials ({protocol['sampler']}) by {protocol['objective']}, on "
+        f"{protocol['tuned_on']}, seeds {', '.join(map(str, protocol['seeds']))}, searching {search}: {best}, with "
+        f"{100 * protocol['best_validation_accuracy']:.2f} % there; the trials took {protocol['flops']:.3g} training "
+        f"FLOPs and {protocol['seconds']:.3g} s"
+    )
+    return {"tuning_trials": protocol["trials"], "tuning": words}
 
 
 def _guesses(record: _Record, last_task: int) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ FIXED = {
     "ratio_parameters ratio_bytes ratio_flops_forward ratio_flops_training "
     "ratio_seconds_training ratio_seconds_evaluation disk_bytes ratio_disk_bytes saved_bytes "
     "nll ece brier task_identification_accuracy class_incremental_accuracy "
-    "setting num_tasks network device commit version_python version_torch",
+    "setting tuning_trials tuning num_tasks network device commit version_python version_torch",
     "accuracy": "stream strategy seed trained_task eval_task accuracy setting nll ece brier entropy "
     "task_identification_accuracy class_incremental_accuracy disagreement",
     "costs": "stream strategy seed trained_task component parameters bytes flops_forward setting",
