@@ -144,13 +144,13 @@ def test_avalanche_s_own_strategies_join(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["list"], ["list", "batch_ensemble"], ["compare", "--help"]]
+    "arguments", [["--help"], ["list"], ["list", "batch_ensemble"], ["compare", "--help"], ["tune", "--help"]]
 )
 def test_help_and_list_load_neither_torch_nor_avalanche(arguments):
     code = (
         "import sys\nfrom experiments.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "print(sorted({'torch', 'avalanche', 'pandas', 'matplotlib', 'sklearn'} & set(sys.modules)))"
+        "print(sorted({'torch', 'avalanche', 'pandas', 'matplotlib', 'sklearn', 'optuna'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lifelong_ens.errors import DamagedFileError
 from lifelong_ens.report import Report
 from lifelong_ens.report.headline import duration, percent, quantity, with_ratio
 from lifelong_ens.report.labelling import wrapped
@@ -148,3 +149,45 @@ def test_wrapping_breaks_where_names_have_joints():
     assert wrapped("short", 24) == "short"
     assert wrapped("abcdefghijklm", 5) == "abcde\nfghij\nklm"
     assert wrapped("init=a, b", 7) == "init=a,\nb"
+
+
+PROTOCOL = {
+    "tuned_on": "validation images of the first 3 tasks",
+    "objective": "mean accuracy",
+    "sampler": "TPE",
+    "search": {"learning_rate": "log:0.001:0.1"},
+    "seeds": [0, 1],
+    "num_tasks_used": 3,
+    "trials": 20,
+    "best": {"learning_rate": 0.02},
+    "best_validation_accuracy": 0.9753,
+    "flops": 12_300_000_000,
+    "seconds": 4.5,
+}
+
+
+def test_how_a_strategy_was_tuned_is_said_once_and_counted(record, tmp_path):
+    tuned = [record("pnn", seed) | {"tuning": PROTOCOL} for seed in range(2)]
+    report = Report.from_records([record(), *tuned])
+    assert report.runs["tuning_trials"].tolist() == [0, 20, 20]
+    report.write(tmp_path)
+    text = (tmp_path / "summary.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("* `pnn` on split_digits: ")]
+    for part in (
+        "20 trials",
+        "first 3 tasks",
+        "seeds 0, 1",
+        "log:0.001:0.1",
+        "learning_rate=0.02",
+        "97.53 %",
+    ):
+        assert part in line
+    assert "1.23e+10 training FLOPs and 4.5 s" in line
+    Report.from_records([record()]).write(tmp_path)
+    assert "## Tuning" not in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.parametrize("damage", [{"trials": "20"}, {"best": None}, {"search": []}])
+def test_an_ill_formed_protocol_is_refused(record, damage):
+    with pytest.raises(DamagedFileError, match="tuning"):
+        Report.from_records([record() | {"tuning": PROTOCOL | damage}])
