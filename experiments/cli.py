@@ -1,4 +1,4 @@
-"""The command line: ``lifelong-ens compare | tune | report | list | bench``.
+"""The command line: ``lifelong-ens compare | tune | reproduce | report | list | bench``.
 
 Nothing heavy is imported before it is known what is asked for.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import catalogue
+from experiments import catalogue, reproduce
 from experiments.search import DEFAULT_SEARCH
 from lifelong_ens.errors import InputError, NonFiniteLossError, nearest
 
@@ -24,6 +24,7 @@ examples:
   lifelong-ens compare --stream split_cifar100 --root data --num_tasks 10 --network lenet5 --epochs 20
   lifelong-ens compare --config experiment.yaml --strategies my_module:my_strategy
   lifelong-ens list batch_ensemble
+  lifelong-ens reproduce be_cost_table --root data --quick
 """
 
 
@@ -102,6 +103,24 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--out", type=Path, help="folder for what is written (default: results/STREAM-tune)")
     _add_debug(tune)
     tune.set_defaults(run=_tune)
+    table = commands.add_parser("reproduce", help="a declared table: published numbers beside ours", **common)
+    table.add_argument("name", nargs="?", help="which; all are named if it is not given")
+    table.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer epochs, images or trials, and one seed; the table says which",
+    )
+    table.add_argument("--seeds", help="how many seeds, or a list such as 0,3,7 (default: as declared)")
+    table.add_argument(
+        "--out",
+        type=Path,
+        help="folder for records and tables (default: results/NAME, or results/NAME-quick)",
+    )
+    table.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")
+    table.add_argument("--force", action="store_true", help="repeat runs whose records are there")
+    table.epilog = _reproduce_epilog()
+    _add_debug(table)
+    table.set_defaults(run=_reproduce)
 
     report = commands.add_parser(
         "report", help="make the tables and plots of a folder of records again", **common
@@ -116,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     names = commands.add_parser(
         "list", help="streams, strategies and networks; with a name, its options", **common
     )
-    names.add_argument("name", nargs="?", help="streams, strategies, networks, training, or one name")
+    names.add_argument(
+        "name", nargs="?", help="streams, strategies, networks, reproductions, training, or one name"
+    )
     _add_debug(names)
     names.set_defaults(run=_list)
 
@@ -188,6 +209,16 @@ def _tune_epilog() -> str:
     return "\n".join(lines)
 
 
+def _reproduce_epilog() -> str:
+    lines = ["reproductions:", *_reproduction_lines(), ""]
+    lines += ["Options of the stream and of training are given by name: --root DIR, --limit 50, --epochs 3."]
+    return "\n".join(lines)
+
+
+def _reproduction_lines() -> list[str]:
+    return [f"  {name:24} {reproduce.find(name).summary}" for name in reproduce.NAMES]
+
+
 def _option_lines(target: str) -> list[str]:
     lines = []
     for option in catalogue.describe(target).options:
@@ -209,6 +240,9 @@ def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     _refuse(rest)
     plurals = {"streams": "stream", "strategies": "strategy", "networks": "network"}
     name = parsed.name
+    if name == "reproductions":
+        print("\n".join(_reproduction_lines()))
+        return
     if name == "training":
         print("\n".join(_option_lines(catalogue.FIT)))
         return
@@ -218,13 +252,30 @@ def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
             print("\n".join([f"{name} ({kind}): {entry.summary}", *_option_lines(builders[name])]))
             return
     if name is not None and name not in plurals:
-        known = [*plurals, "training", *(one for builders in catalogue.KINDS.values() for one in builders)]
+        known = [
+            *plurals,
+            "reproductions",
+            "training",
+            *(one for builders in catalogue.KINDS.values() for one in builders),
+        ]
         raise InputError(f"nothing is called {name!r}; {nearest(name, known)}")
     for plural, kind in plurals.items():
         if name in (None, plural):
             print(f"{plural}:")
             for one, target in catalogue.KINDS[kind].items():
                 print(f"  {one:20} {catalogue.describe(target).summary}")
+
+
+def _reproduce(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    if parsed.name is None:
+        _refuse(rest)
+        print("\n".join(_reproduction_lines()))
+        return
+    declared = reproduce.find(parsed.name)
+    from experiments.reproduce.engine import reproduce as run_reproduction
+
+    table, out = run_reproduction(declared, vars(parsed), rest)
+    print(f"{table.markdown()}\nrecords and tables: {out}")
 
 
 def _report(parsed: argparse.Namespace, rest: Sequence[str]) -> None:

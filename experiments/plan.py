@@ -65,7 +65,7 @@ class Experiment:
     @property
     def seeds(self) -> list[int]:
         """One run of every strategy for each."""
-        return _seeds(self.general["seeds"])
+        return parse_seeds(self.general["seeds"])
 
     def options(self, strategy: str) -> dict[str, Any]:
         """What a strategy was given for itself, options of training included."""
@@ -218,7 +218,7 @@ def _inference(value: Any) -> Any:
     return value
 
 
-def _seeds(value: Any) -> list[int]:
+def parse_seeds(value: Any) -> list[int]:
     """A count, ``3``, or a list, ``0,3,7``."""
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     try:

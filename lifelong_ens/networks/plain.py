@@ -48,7 +48,7 @@ def mlp(
     return Body(nn.Sequential(*layers), widths[-1], num_classes)
 
 
-def lenet5(num_classes: int | None = None, *, input_shape: Shape = (3, 32, 32)) -> Body:
+def lenet5(num_classes: int | None = None, *, input_shape: Shape = (3, 32, 32), width: float = 1.0) -> Body:
     """LeNet-5 with ReLU and max pooling: two 5x5 convolutions (6, 16), fully connected 120 and 84.
 
     61,156 weights without a classifier for 3x32x32 images: the network that reproduces the memory column of
@@ -57,28 +57,32 @@ def lenet5(num_classes: int | None = None, *, input_shape: Shape = (3, 32, 32)) 
     Args:
         num_classes: Width of the classifier; None for a body without one.
         input_shape: ``(C, H, W)`` of one image, at least 16x16.
+        width: Multiplies the number of channels and units of every layer, rounded and at least one.
     """
-    channels, height, width = input_shape
-    out_height, out_width = (((size - 4) // 2 - 4) // 2 for size in (height, width))
+    if not width > 0:
+        raise InputError(f"width is {width}; expected a number above 0, 1 for LeNet-5 itself.")
+    channels, *sides = input_shape
+    out_height, out_width = (((side - 4) // 2 - 4) // 2 for side in sides)
     if out_height < 1 or out_width < 1:
         raise InputError(
-            f"lenet5 needs images of at least 16x16, these are {height}x{width}: "
+            f"lenet5 needs images of at least 16x16, these are {sides[0]}x{sides[1]}: "
             "use --network mlp, or enlarge them with --image_size 32."
         )
+    first, second, third, fourth = (max(round(width * size), 1) for size in (6, 16, 120, 84))
     features = nn.Sequential(
-        nn.Conv2d(channels, 6, 5),
+        nn.Conv2d(channels, first, 5),
         nn.ReLU(),
         nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, 5),
+        nn.Conv2d(first, second, 5),
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(16 * out_height * out_width, 120),
+        nn.Linear(second * out_height * out_width, third),
         nn.ReLU(),
-        nn.Linear(120, 84),
+        nn.Linear(third, fourth),
         nn.ReLU(),
     )
-    return Body(features, 84, num_classes)
+    return Body(features, fourth, num_classes)
 
 
 def vgg11_half(

@@ -34,17 +34,17 @@ def summary_markdown(
     tuned: Any = runs.dropna(subset=["tuning"])[["stream", "strategy", "tuning"]].drop_duplicates()
     if len(tuned):
         parts += ["## Tuning", _tuning(tuned)]
-    parts += ["## Runs", _markdown(_provenance(runs)), "## Columns", _columns(columns)]
+    parts += ["## Runs", markdown_table(_provenance(runs)), "## Columns", _columns(columns)]
     return "\n\n".join(parts) + "\n"
 
 
 def _tables(headline: pd.DataFrame) -> str:
     """One table, or one under a heading for each stream."""
     if headline.index.nlevels == 1:
-        return _markdown(headline.reset_index())
+        return markdown_table(headline.reset_index())
     streams = headline.index.get_level_values("stream").unique()
     return "\n\n".join(
-        f"## {stream}\n\n{_markdown(headline.loc[stream].reset_index())}" for stream in streams
+        f"## {stream}\n\n{markdown_table(headline.loc[stream].reset_index())}" for stream in streams
     )
 
 
@@ -68,7 +68,7 @@ def _significance(table: Any) -> str:
         "Student's interval for the mean over seeds; a two-sided paired t-test over the seeds that both have run, of "
         f"the difference {against}, not corrected for the number of strategies."
     )
-    return f"{_markdown(shown)}\n\n{notes}"
+    return f"{markdown_table(shown)}\n\n{notes}"
 
 
 def _tuning(tuned: pd.DataFrame) -> str:
@@ -96,7 +96,7 @@ def _columns(columns: pd.DataFrame) -> str:
     return "\n\n".join(lists)
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def markdown_table(table: pd.DataFrame) -> str:
     """A GitHub table of strings, the first column to the left and the others to the right."""
     from tabulate import tabulate
 

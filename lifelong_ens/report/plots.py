@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -108,6 +108,26 @@ def accuracy_against_memory(runs: _Pandas, labels: _Labels) -> bytes:
     return _png(figure)
 
 
+def memory_over_tasks(costs: _Pandas, runs: _Pandas, labels: _Labels) -> bytes:
+    """Memory of what is stored after each task, mean over seeds; on a log scale where it spans much."""
+    styles = _styles(runs)
+    figure, panels = _panels(labels, height=5.2)
+    for key, axes in zip(labels, panels, strict=True):
+        stored = _of(costs, key)
+        stored = stored[stored["component"] != "optimizer"]
+        totals = stored.groupby(["strategy", "seed", "trained_task"], sort=False)["bytes"].sum()
+        means = totals.groupby(["strategy", "trained_task"], sort=False).mean()
+        for strategy, curve in means.groupby(level="strategy", sort=False):
+            tasks = curve.index.get_level_values("trained_task").to_numpy() + 1
+            axes.plot(tasks, curve.to_numpy(), **styles[strategy], linewidth=2, markeredgecolor="white")
+        _decorate(axes, "tasks learned", "memory of the stored model")
+        axes.set_xticks(_task_ticks(int(_of(runs, key)["num_tasks"].iloc[0])))
+        _scale_memory(axes, means.to_numpy(), relative=False, axis="y")
+    final = runs.groupby("strategy", sort=False)["bytes"].mean().sort_values(ascending=False, kind="stable")
+    _draw_legend(figure, list(final.index), styles)
+    return _png(figure)
+
+
 def _of(table: _Pandas, key: tuple[str, str]) -> _Pandas:
     """The rows of one (stream, setting)."""
     return table[(table["stream"] == key[0]) & (table["setting"] == key[1])]
@@ -192,15 +212,16 @@ def _styles(runs: pd.DataFrame) -> _Styles:
     return styles
 
 
-def _scale_memory(axes: Axes, values: np.ndarray, relative: bool) -> None:
+def _scale_memory(axes: Axes, values: np.ndarray, relative: bool, axis: Literal["x", "y"] = "x") -> None:
     """A log scale where the values span more than a factor of four, and ticks that people can read."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    scaled = axes.xaxis if axis == "x" else axes.yaxis
     if values.min() > 0 and values.max() > 4 * values.min():
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x" if relative else _bytes(x)))
+        axes.set(**{f"{axis}scale": "log"})
+        scaled.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        scaled.set_minor_formatter(NullFormatter())
+    scaled.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x" if relative else _bytes(x)))
     if relative:
         axes.axvline(1, color=_GREY, linewidth=1, linestyle="--", zorder=1)
     axes.margins(x=0.12, y=0.12)

@@ -50,6 +50,22 @@ def test_lenet5_says_what_does_not_fit(shape: tuple[int, int, int]) -> None:
         lenet5(input_shape=shape)
 
 
+def test_lenet5_of_a_width_has_so_many_channels_and_units() -> None:
+    layers = [layer for layer in lenet5(10, width=0.5).modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert [tuple(layer.weight.shape[:2]) for layer in layers] == [
+        (3, 3),
+        (8, 3),
+        (60, 200),
+        (42, 60),
+        (10, 42),
+    ]
+    narrowest = lenet5(width=0.01)
+    assert narrowest.num_features == 1
+    assert narrowest(torch.randn(2, 3, 32, 32)).shape == (2, 1)
+    with pytest.raises(InputError, match="above 0"):
+        lenet5(width=0.0)
+
+
 @pytest.mark.parametrize("shape", [(1, 31, 32), (3, 32, 16)])
 def test_vgg11_half_says_what_does_not_fit(shape: tuple[int, int, int]) -> None:
     with pytest.raises(InputError, match=f"at least 32x32, these are {shape[1]}x{shape[2]}.*--image_size 32"):

@@ -1,0 +1,35 @@
+"""The tables of README, made anew from the committed records: ``python -m experiments.reproduce.readme``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments import reproduce
+from experiments.reproduce.table import Table
+from lifelong_ens.report.records import load_records
+
+RESULTS = Path("experiments/results")
+
+
+def refreshed(text: str, results: Path) -> str:
+    """``text`` with the table of each folder of ``results`` between ``<!-- table NAME -->`` and ``<!-- end -->``."""
+    for folder in sorted(results.iterdir()):
+        block = Table.of(reproduce.find(folder.name), load_records(folder)).block()
+        mark = f"<!-- table {folder.name} -->"
+        before, found, after = text.partition(f"{mark}\n")
+        if found:
+            text = f"{before}{found}{block}\n{after[after.index('<!-- end -->') :]}"
+    return text
+
+
+def main() -> None:
+    """Write README's tables and every committed ``table.md``."""
+    for folder in RESULTS.iterdir():
+        table = Table.of(reproduce.find(folder.name), load_records(folder))
+        (folder / "table.md").write_text(table.markdown())
+    readme = Path("README.md")
+    readme.write_text(refreshed(readme.read_text(), RESULTS))
+
+
+if __name__ == "__main__":
+    main()
