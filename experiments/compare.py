@@ -22,6 +22,7 @@ from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkErro
 from lifelong_ens.report import Report
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import Optimisation
+from strategies.base import Strategy
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +158,8 @@ def _run(
 
     with tqdm(desc=cell.label(), unit="step", disable=None if progress else True, leave=False) as bar:
         run = Run(cell, benchmark, build_here, folder, on_step=bar.update)
+        if isinstance(run.strategy, Strategy):
+            run.strategy.on_phase = bar.set_postfix_str
         run.resume()
         per_task = _steps_per_task(run)
         bar.total = sum(per_task)
@@ -169,7 +172,9 @@ def _run(
 def _steps_per_task(run: Run) -> list[int]:
     """Training steps of every task, for the progress bar."""
     strategy = run.strategy
-    lengths = (len(experience.dataset) for experience in run.experiences)  # pyright: ignore
+    lengths = [len(experience.dataset) for experience in run.experiences]  # pyright: ignore
+    if isinstance(strategy, Strategy):
+        return [strategy.steps_for(length, task) for task, length in enumerate(lengths)]
     return [-(-length // strategy.train_mb_size) * strategy.train_epochs for length in lengths]
 
 

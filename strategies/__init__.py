@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from strategies.norm_tuning import bn_tuned
     from strategies.packing import packnet
     from strategies.progressive import pnn
+    from strategies.reinforced import rcl
     from strategies.structured import structured_ensemble
     from strategies.supermasks import supsup
 
@@ -30,6 +31,7 @@ BUILDERS: dict[str, str] = {
     "bn_tuned": "strategies.norm_tuning:bn_tuned",
     "packnet": "strategies.packing:packnet",
     "supsup": "strategies.supermasks:supsup",
+    "rcl": "strategies.reinforced:rcl",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "joint",
     "packnet",
     "pnn",
+    "rcl",
     "structured_ensemble",
     "supsup",
 ]

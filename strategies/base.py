@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -43,6 +44,11 @@ class Strategy(SupervisedTemplate):
 
     Plugins attach as to any other. Where none of them uses the callbacks of an iteration, epochs run in a tight loop
     without them. A method that trains differently overrides ``fit_task``.
+
+    Attributes:
+        meter: What training has cost so far.
+        on_step: Called after every training step.
+        on_phase: Called with a few words, such as ``trial 3/20``, when a part of a task's training begins.
 
     Args:
         network: What is trained.
@@ -91,6 +97,7 @@ class Strategy(SupervisedTemplate):
         self.overrides = {"fast_weights": {"weight_decay": 0.0}, **(overrides or {})}
         self.meter = TrainingMeter()
         self.on_step: Callable[[], object] | None = None
+        self.on_phase: Callable[[str], object] | None = None
         self._losses: list[Tensor] = []
         self._task_label: int | None = None
         self._compiled: Callable[..., Tensor] | None = None
@@ -110,6 +117,15 @@ class Strategy(SupervisedTemplate):
             validation: Held-out experiences of this task; empty where the stream has none.
         """
         self.run_epochs(self.fit.epochs, validation)
+
+    def steps_for(self, images: int, task: int = 0) -> int:
+        """About how many training steps a task with so many images takes, for a progress bar.
+
+        Args:
+            images: Those in the stream's training part.
+            task: Its index; a method may train the first one differently.
+        """
+        return math.ceil(images / self.fit.batch_size) * self.fit.epochs
 
     def run_epochs(self, epochs: int, validation: Sequence[CLExperience] = ()) -> None:
         """Epochs with the present optimisation, with early stopping where ``fit`` and the stream allow it."""

@@ -71,7 +71,31 @@ def together(experiences: Iterable[CLExperience]) -> CLExperience:
     dataset = parts[0].dataset  # pyright: ignore
     for part in parts[1:]:
         dataset = dataset.concat(part.dataset)  # pyright: ignore
-    together = DatasetExperience(dataset=dataset, current_experience=0)
-    together.task_labels = sorted({label for part in parts for label in part.task_labels})  # pyright: ignore
-    together._origin_stream = parts[0].origin_stream  # pyright: ignore
-    return together
+    return experience_of(dataset, parts[0])
+
+
+def experience_of(dataset: Any, origin: CLExperience) -> CLExperience:
+    """An experience of other images in the stream that ``origin`` belongs to."""
+    experience = DatasetExperience(dataset=dataset, current_experience=0)
+    experience.task_labels = sorted(dataset.targets_task_labels.uniques)  # pyright: ignore
+    experience._origin_stream = origin.origin_stream  # pyright: ignore
+    return experience
+
+
+def hold_out(dataset: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """A dataset without a share of each class's images, and a dataset of these.
+
+    Args:
+        dataset: Anything that Avalanche made.
+        share: In (0, 1); rounded up, but a class keeps at least one image.
+        seed: Of the choice.
+    """
+    labels = torch.tensor([int(label) for label in dataset.targets])
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        rows = (labels == label).nonzero().squeeze(1)
+        count = min(math.ceil(share * len(rows)), len(rows) - 1)
+        held[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    kept, out = (dataset.subset(part.nonzero().squeeze(1).tolist()) for part in (~held, held))
+    return kept, out

@@ -179,6 +179,11 @@ class GrowingNorm(nn.ModuleList):
         self.append(norm.requires_grad_(True))
         self.train(self.training)
 
+    def restart(self) -> None:
+        """The newest task's norm as ``add`` made it."""
+        self.pop(-1)
+        self.add()
+
     def resize(self, kept: Tensor, new: int) -> None:
         """The newest task's norm with some of its channels, ``(C,)`` booleans, and ``new`` more behind them."""
         norm: Any = self[-1]

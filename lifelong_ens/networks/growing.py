@@ -86,6 +86,19 @@ class GrowingNetwork(TaskNetwork):
             if group.features:
                 self._resize_head(kept.repeat_interleave(self._feature_positions))
 
+    def discard(self) -> None:
+        """Forget what a task after the first has learnt: its units are gone, its norms and its head start again."""
+        before = (
+            self.stamps.table[-2] if len(self.stamps.table) > 1 else [group.size for group in self.groups]
+        )
+        for layer in self.layers():
+            layer.discard()
+        for norm in self.norms():
+            norm.restart()
+        self._stamp([*self.stamps.table[:-1], before])
+        old: Any = self.heads[-1]
+        self.heads[-1] = nn.Linear(self._num_features(), old.out_features).to(old.weight)
+
     def added(self, task: int) -> list[int]:
         """How many units a task added, for every group; none in the first."""
         now = self.stamps.table[task]

@@ -82,6 +82,40 @@ def test_state_restores_the_widths(body, x):
     assert torch.equal(other(x, 1), network(x, 1))
 
 
+def test_what_is_discarded_was_never_there(body, x):
+    network = GrowingNetwork(body)
+    network.begin_task(2)
+    learn(network)
+    first = network(x, 0)
+    network.begin_task(3)
+    start = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.grow([2] * len(network.groups))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    network.train()(torch.randn(4, 3, 32, 32), 1)
+    head = network.heads[1].weight
+    network.discard()
+    found = network.state_dict()
+    assert found.keys() == start.keys()
+    for name, tensor in start.items():
+        if not name.startswith("heads.1"):
+            assert torch.equal(found[name], tensor), name
+    assert network.heads[1].weight.shape == start["heads.1.weight"].shape
+    assert not torch.equal(network.heads[1].weight, head[:, : network.heads[1].in_features])
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert trained == {"heads.1.weight", "heads.1.bias"} | {name for name in start if is_new_affine(name)}
+    assert network.added(1) == [0] * len(network.groups)
+    network.eval()
+    assert torch.equal(network(x, 0), first)
+
+
+def is_new_affine(name: str) -> bool:
+    """Whether it is a number that the second task's norm learns."""
+    return name.startswith("body.") and name.endswith((".1.weight", ".1.bias")) and ".layer." not in name
+
+
 def test_state_of_another_body_is_refused():
     network, other = GrowingNetwork(mlp(hidden=(8, 8))), GrowingNetwork(mlp(hidden=(8, 9)))
     with pytest.raises(RuntimeError, match="size mismatch"):

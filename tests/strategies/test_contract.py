@@ -25,6 +25,7 @@ from strategies import (
     joint,
     packnet,
     pnn,
+    rcl,
     structured_ensemble,
     supsup,
 )
@@ -150,6 +151,7 @@ SPECS: dict[str, Spec] = {
         lambda b, c, k: c["body"] + (len(k) - 1) * c["affine"] + heads(c, k),
         {"mask_epochs": 2},
     ),
+    "rcl": Spec(rcl, True, lambda b, c, k: -1, {"trials": 2, "max_units": 4}),
 }
 VARIANTS: dict[str, Spec] = {
     "batch_ensemble-per_member": Spec(
@@ -206,6 +208,7 @@ VARIANTS: dict[str, Spec] = {
         {"norm": "per_member", "bias": "per_member", "score_learning_rate": 0.1, "density": 0.3},
         mask_bytes=lambda b, tasks: packed_bytes(b) * tasks,
     ),
+    "rcl-released_code": Spec(rcl, True, lambda b, c, k: -1, {"preset": "released_code", "trials": 2}),
     "pnn-adapter": Spec(pnn, True, lambda b, c, k: -1, {"laterals": "adapter", "adapter_width": 4}),
 }
 ALL = {**SPECS, **VARIANTS}
