@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.attention import Rank1MultiheadAttention
-from lifelong_ens.layers.bank import Selection, banks, fast_weights
+from lifelong_ens.layers.bank import Selection, banks
 from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
 
@@ -80,9 +80,11 @@ def convert(
     init: str = "random_sign",
     norm: Norms = "per_member",
     bias: Biases = "per_member",
-    implicit_first: bool = False,
+    **layer_options: Any,
 ) -> tuple[nn.Module, Selection]:
     """A copy of ``model`` with members, and the selection its layers read; arguments: ``batch_ensemble``.
+
+    Other options, ``implicit_first``, ``rank`` and ``additive``, are those of ``Rank1Layer.add_members``.
 
     Raises:
         UnfitNetworkError: Nothing matched, or a matched module has no form with members; the line says which and
@@ -99,7 +101,7 @@ def convert(
         if entry.target is None and entry.reason != CHOSEN:
             log.warning("%s (%s) stays shared by all members: %s", entry.name, entry.source, entry.reason)
     model, selection = copy.deepcopy(model), Selection()
-    options = {"init": init, "bias": bias, "selection": selection, "implicit_first": implicit_first}
+    options = {"init": init, "bias": bias, "selection": selection, **layer_options}
     replacements: dict[nn.Module, nn.Module] = {}
     for entry in plan:
         if entry.target:
@@ -210,18 +212,10 @@ def append_members(body: nn.Module, num_members: int, init: str) -> None:
     Args:
         body: A network from ``convert``.
         num_members: How many to add.
-        init: How fast weights start, as in ``batch_ensemble``, or ``previous``: all private numbers as copies
-            of as many last members'. Otherwise biases and norms start as the first member's, beside whom the
-            shared weights were trained.
+        init: How fast weights start, as in ``batch_ensemble``, or ``previous``; see ``Bank.new_rows``.
     """
     for bank in banks(body):
-        if init == "previous":
-            rows = bank.table()[-num_members:]
-        elif bank.component == "fast_weights":
-            rows = fast_weights(init, num_members, bank.committed.shape[1])
-        else:
-            rows = bank.row(0).expand(num_members, *bank.committed.shape[1:])
-        bank.append(rows)
+        bank.append(bank.new_rows(num_members, init))
 
 
 def commit_members(body: nn.Module) -> None:

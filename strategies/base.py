@@ -154,7 +154,7 @@ class Strategy(SupervisedTemplate):
         self._task_label = loader.task_label if isinstance(loader, BatchLoader) else None
         try:
             # closing: when a step fails, the meter's with-blocks inside the generator end here and now
-            with closing(self._counted(loader)) as batches:
+            with closing(self.counted(loader)) as batches:
                 if self._iteration_plugins() or not isinstance(loader, BatchLoader):
                     self._epoch_with_callbacks(batches, **kwargs)
                 else:
@@ -273,8 +273,8 @@ class Strategy(SupervisedTemplate):
         with self.optimisation.precision(self.device):
             return member_loss(self._logits(batch[0]), batch[1])
 
-    def _counted(self, batches: Any) -> Generator[Batch, None, None]:
-        """The batches, their rows counted; the first step of a phase runs under the meter."""
+    def counted(self, batches: Any) -> Generator[Batch, None, None]:
+        """The batches, their rows counted; what is done with the first of a phase runs under the meter."""
         for batch in batches:
             rows = len(batch[1])
             if self.meter.measured:

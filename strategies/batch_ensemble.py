@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from avalanche.benchmarks import CLExperience
 from avalanche.core import SupervisedPlugin
 from torch import nn
 
-from lifelong_ens.networks.batch_ensemble import BatchEnsembleNetwork, Init, NormPolicy
+from lifelong_ens.errors import InputError
+from lifelong_ens.networks.batch_ensemble import BatchEnsembleNetwork, Init, NormPolicy, TrainOn
+from lifelong_ens.networks.plain import without_classifier
+from lifelong_ens.networks.weights import load_weights
 from lifelong_ens.training.fit import Fit
 from strategies.base import Strategy
+from strategies.fittest import fittest_task
 
 
-def batch_ensemble_lifelong(
+def batch_ensemble_lifelong(  # noqa: PLR0913 the method has these options
     body: nn.Module,
     *,
     init: Init = "random_sign",
@@ -22,6 +29,11 @@ def batch_ensemble_lifelong(
     bias: Literal["per_member", "shared"] = "per_member",
     members_per_task: int = 1,
     first_task: Literal["member", "shared"] = "member",
+    train_on: TrainOn = "first",
+    weights: str | None = None,
+    rank: int = 1,
+    additive: int = 0,
+    first_epochs: int | None = None,
     fast_learning_rate: float | None = None,
     fit: Fit | None = None,
     seed: int = 0,
@@ -32,23 +44,85 @@ def batch_ensemble_lifelong(
 
     Args:
         body: The network; a classifier's last linear layer is taken off.
-        init: How a task's fast weights start: random_sign (the paper), gaussian, ones, or previous (the last task's).
+        init: How a task's fast weights start: random_sign (the paper), gaussian, ones, previous (copies of the last
+            task's, biases and norms too), or fittest (of the task that tells the new classes apart best).
         norm: What norms keep per task: statistics_only, per_member (affine too) or shared_frozen (nothing).
         bias: One per_member, or the first task's, shared.
         members_per_task: Members a task holds; more than one is a small ensemble that reports uncertainty.
         first_task: member gives the first task fast weights too; shared makes it the shared network itself.
+        train_on: The shared weights are learnt on the first task, or are pretrained: frozen from the start.
+        weights: File of a state_dict for pretrained, .safetensors or torch's .pth; if not given, the body's own.
+        rank: Pairs of fast weights that scale each weight; the paper has 1.
+        additive: Pairs whose products are added to each weight, as in LoRA.
+        first_epochs: Epochs of the first task, which trains the shared weights; as many as later ones if not given.
         fast_learning_rate: Of the fast weights; the common learning rate if not given.
         fit: How each task is trained.
         seed: Of all randomness.
         device: Where it is trained.
         plugins: Avalanche plugins.
     """
+    for name, value in (("first_epochs", first_epochs), ("fast_learning_rate", fast_learning_rate)):
+        if value is not None and value <= 0:
+            raise InputError(f"{name} is above 0, not {value}.")
+    origin = None
+    if weights is not None:
+        if train_on != "pretrained":
+            raise InputError(
+                "weights are for train_on=pretrained; the first task would train over them. Add --train_on pretrained."
+            )
+        body = without_classifier(copy.deepcopy(body))
+        origin = f"shared weights from {Path(weights).name}, sha256 {load_weights(body, weights)}"
     network = BatchEnsembleNetwork(
-        body, init=init, norm=norm, bias=bias, members_per_task=members_per_task, first_task=first_task
+        body,
+        init=init,
+        norm=norm,
+        bias=bias,
+        members_per_task=members_per_task,
+        first_task=first_task,
+        train_on=train_on,
+        rank=rank,
+        additive=additive,
+        origin=origin,
     )
     fast: dict[str, Any] = {"weight_decay": 0.0}
     if fast_learning_rate is not None:
         fast["lr"] = fast_learning_rate
-    return Strategy(
-        network=network, fit=fit, seed=seed, device=device, overrides={"fast_weights": fast}, plugins=plugins
+    return BatchEnsemble(
+        network=network,
+        first_epochs=first_epochs,
+        fit=fit,
+        seed=seed,
+        device=device,
+        overrides={"fast_weights": fast},
+        plugins=plugins,
     )
+
+
+class BatchEnsemble(Strategy):
+    """Trains a ``BatchEnsembleNetwork``: its first task for longer if asked, later ones from the fittest if asked.
+
+    Args:
+        network: What is trained.
+        first_epochs: Epochs of the first task; None for those of ``fit``.
+        options: As in ``Strategy``.
+    """
+
+    network: BatchEnsembleNetwork
+
+    def __init__(
+        self, *, network: BatchEnsembleNetwork, first_epochs: int | None = None, **options: Any
+    ) -> None:
+        super().__init__(network=network, **options)
+        self.first_epochs = first_epochs
+
+    def fit_task(self, validation: Sequence[CLExperience]) -> None:
+        """Choose where the task starts, where that is to be chosen, and train it."""
+        tasks, epochs = self.network.num_tasks, self.fit.epochs
+        if tasks == 1 and self.first_epochs is not None:
+            epochs = self.first_epochs
+            self.start_phase(epochs)
+        elif tasks > 1 and self.network.started_from is not None:
+            self.meter.new_phase()
+            self.network.start_from(fittest_task(self, validation, self._task_seed(tasks)))
+            self.start_phase()
+        self.run_epochs(epochs, validation)

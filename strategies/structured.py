@@ -126,7 +126,7 @@ class StructuredEnsemble(Strategy):
         self._task_label = loader.task_label if isinstance(loader, BatchLoader) else None
         totals = {name: torch.zeros_like(scale) for name, scale in scales.items()}
         batches_seen = 0
-        with closing(self._counted(loader)) as batches:
+        with closing(self.counted(loader)) as batches:
             for batch in batches:
                 gradients = torch.autograd.grad(
                     self._loss_of(batch), list(scales.values()), materialize_grads=True

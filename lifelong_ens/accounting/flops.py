@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from lifelong_ens.accounting.components import component_of_modules
+from lifelong_ens.layers.pairs import Pairs
 from lifelong_ens.layers.rank1 import Rank1Layer
 from lifelong_ens.training.loop import evaluating
 
@@ -30,8 +31,7 @@ class FlopMeter:
     Attributes:
         by_component: Forward FLOPs of each component; rank-1 products under ``fast_weights``.
         backward: FLOPs of the backward passes, rank-1 products left out.
-        rank1_forward: FLOPs of the products with r and s, on activations or on the weight.
-        rank1_backward: FLOPs of their gradients.
+        rank1_backward: FLOPs of the gradients of ``rank1_forward``.
 
     Args:
         network: Its modules say which component an operation belongs to.
@@ -40,7 +40,7 @@ class FlopMeter:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.by_component: Counter[str] = Counter()
-        self.backward = self.rank1_forward = self.rank1_backward = 0
+        self.backward = self.rank1_backward = 0
         self._stack: list[str] = []
         self._handles: list[RemovableHandle] = []
         self._mode = _Dispatch(self._add)
@@ -49,6 +49,11 @@ class FlopMeter:
     def total(self) -> int:
         """All FLOPs, forward and backward."""
         return sum(self.by_component.values()) + self.backward + self.rank1_backward
+
+    @property
+    def rank1_forward(self) -> int:
+        """FLOPs of the products of fast weights, with each other, with activations or with the shared weight."""
+        return self.by_component.get("fast_weights", 0)
 
     @property
     def rank1(self) -> int:
@@ -84,14 +89,21 @@ class FlopMeter:
         handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
         if isinstance(module, Rank1Layer):
             handles.append(module.register_forward_hook(self._count_rank1))
+        if isinstance(module, Pairs):
+            handles.append(module.register_forward_hook(self._count_pairs))
         return handles
 
     def _count_rank1(self, layer: Rank1Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         count = _merged if layer.merges(inputs[0]) else _scaled
         forward, backward = count(layer, inputs[0], output)
-        self.rank1_forward += forward
         self.by_component["fast_weights"] += forward
         self.rank1_backward += backward if torch.is_grad_enabled() else 0
+
+    def _count_pairs(self, pairs: Pairs, inputs: tuple[int], matrix: Tensor) -> None:
+        # the forward product is seen as it runs; so are its two gradients, but among those of everything else
+        gradients = 2 * 2 * pairs.num_pairs * matrix.numel() * matrix.requires_grad
+        self.rank1_backward += gradients
+        self.backward -= gradients
 
 
 def _scaled(layer: Rank1Layer, x: Tensor, y: Tensor) -> tuple[int, int]:
@@ -104,16 +116,21 @@ def _scaled(layer: Rank1Layer, x: Tensor, y: Tensor) -> tuple[int, int]:
 
 
 def _merged(layer: Rank1Layer, x: Tensor, y: Tensor) -> tuple[int, int]:
-    """``W * (s r^T)``: the outer product and one product per weight.
+    """``W * (s r^T)`` for each member: the outer product and one product per weight, and the sums with ``Pairs``.
 
     Backward, the gradient of the product is multiplied by W and summed over the kernel, then by r and by s, and by
-    ``s r^T`` where W learns too.
+    ``s r^T`` where W learns too. The products inside ``Pairs`` are counted as they run.
     """
     weight = layer.get_parameter("weight")
     outer = weight.shape[0] * weight.shape[1]
-    learns = layer.r.active is not None and layer.r.active.requires_grad
-    backward = (2 * weight.numel() + 4 * outer) * learns + weight.numel() * weight.requires_grad
-    return outer + weight.numel(), backward
+    forward = outer + weight.numel()
+    forward += outer * (layer.more is not None) + weight.numel() * (layer.added is not None)
+    members = set(layer.selected())
+    learns = sum(layer.r.row(member).requires_grad for member in members)
+    backward = (2 * weight.numel() + 4 * outer) * learns + weight.numel() * weight.requires_grad * len(
+        members
+    )
+    return forward * len(members), backward
 
 
 class _Dispatch(TorchDispatchMode):

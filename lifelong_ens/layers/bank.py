@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 Members = int | tuple[int, ...] | Tensor | None
+Start = Literal["first", "init", "zeros", "signs", "uniform"]
 
 
 class Selection:
@@ -53,8 +55,9 @@ class Bank(nn.Module):
         rows: The first members' rows, ``(members, *shape)``; may have zero members.
         component: The line of the cost ledger that these numbers belong to.
         learned: Whether the rows are trained by gradient (counted as parameters) or are statistics.
-        implicit_first: Give member 0 a row of ones that is neither stored nor trained: the shared network
-            itself.
+        implicit_first: Give member 0 a row that is neither stored nor trained and makes it the shared network
+            itself: ones, or zeros where ``start`` is one of those for ``Pairs``.
+        start: How the rows of a later member start, see ``new_rows``.
     """
 
     committed: Tensor
@@ -62,12 +65,20 @@ class Bank(nn.Module):
     first: Tensor | None
 
     def __init__(
-        self, rows: Tensor, component: str, learned: bool = True, implicit_first: bool = False
+        self,
+        rows: Tensor,
+        component: str,
+        learned: bool = True,
+        implicit_first: bool = False,
+        start: Start = "first",
     ) -> None:
         super().__init__()
         self.component = component
         self.learned = learned
-        first = rows.new_ones((1, *rows.shape[1:])) if implicit_first else None
+        self.start: Start = start
+        first = (
+            rows.new_full((1, *rows.shape[1:]), float(start in ("first", "init"))) if implicit_first else None
+        )
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("committed", rows[:0].detach().clone())
         self._set_active(rows.detach().clone() if len(rows) else None)
@@ -91,6 +102,22 @@ class Bank(nn.Module):
         if self.active is not None:
             raise RuntimeError("Bank.append: commit the members in training before new ones are added.")
         self._set_active(rows.detach().to(self.committed).clone())
+
+    def new_rows(self, num_members: int, init: str) -> Tensor:
+        """How members that are to be added start, ``(num_members, *shape)``.
+
+        ``previous`` copies as many last members. Else it is ``start`` that says: ``init`` draws ``fast_weights``,
+        ``first`` copies the first member, beside whom the shared weights were trained, and the others are those of
+        ``pair_vectors``.
+        """
+        shape = self.committed.shape[1:]
+        if init == "previous":
+            return self.table()[-num_members:]
+        if self.start == "init":
+            return fast_weights(init, num_members, *shape)
+        if self.start == "first":
+            return self.row(0).expand(num_members, *shape)
+        return pair_vectors(self.start, num_members, *shape)
 
     def commit(self) -> None:
         """Freeze the rows in training. Their values do not change, and nothing trains them again."""
@@ -174,6 +201,26 @@ def per_row(rows: Tensor, num_rows: int, owner: nn.Module) -> Tensor:
     return rows.repeat_interleave(num_rows // members, dim=0)
 
 
+def by_member(
+    x: Tensor, ids: Sequence[int], run: Callable[[Tensor, int], Tensor], owner: nn.Module
+) -> Tensor:
+    """Rows of several members, those of each in a pass of their own, put back in their places.
+
+    Args:
+        x: ``(rows, ...)``: one block of rows for every id, as ``Selection`` says.
+        ids: Whose the blocks are.
+        run: What gives the rows of one member, ``(n, ...)``.
+        owner: Named where the rows do not split.
+    """
+    if len(ids) != len(x):
+        per_row(x.new_empty(len(ids), 0), len(x), owner)  # raises where rows would be left over
+        return torch.cat([run(block, i) for block, i in zip(x.chunk(len(ids)), ids, strict=True)])
+    row_ids = torch.tensor(ids, device=x.device)
+    places = {member: (row_ids == member).nonzero().squeeze(1) for member in sorted(set(ids))}
+    parts = [run(x.index_select(0, index), member) for member, index in places.items()]
+    return torch.cat(parts)[torch.cat([*places.values()]).argsort()]
+
+
 def along(values: Tensor, x: Tensor, channel_axis: int) -> Tensor:
     """Shape ``(rows, C)`` so that it broadcasts along ``channel_axis`` of ``x``, in the dtype of ``x``.
 
@@ -201,3 +248,17 @@ def fast_weights(init: str, num_members: int, size: int) -> Tensor:
     if init == "ones":
         return torch.ones(num_members, size)
     raise ValueError(f"fast weights cannot start as {init!r}; choose from {', '.join(INITS)}.")
+
+
+def pair_vectors(start: Start, num_members: int, num_pairs: int, size: int) -> Tensor:
+    """Initial vectors of one side of ``Pairs``, ``(num_members, num_pairs, size)``, from torch's global generator.
+
+    ``zeros``, ``signs`` (-1 and +1 with equal chance), or ``uniform`` in ``+-1 / sqrt(size)``, as torch's layers draw
+    the weights of a unit.
+    """
+    shape = num_members, num_pairs, size
+    if start == "zeros":
+        return torch.zeros(shape)
+    if start == "signs":
+        return torch.randint(0, 2, shape).mul_(2).sub_(1).float()
+    return torch.rand(shape).mul_(2).sub_(1).div_(math.sqrt(size))

@@ -6,14 +6,13 @@ Edward2's ``ensemble_batchnorm`` and ``EnsembleSyncBatchNorm`` also keep them pe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_ens.layers.bank import Bank, Members, Selection, along, per_row
+from lifelong_ens.layers.bank import Bank, Members, Selection, along, by_member, per_row
 
 POLICIES = ("per_member", "statistics_only", "shared")
 
@@ -166,13 +165,8 @@ class MemberBatchNorm(_Affine):
             members = tuple(range(self._num_members()))
         if not self._uses_batch(members):
             return self._by_running(x, members)
-        num_members, ids = len(members), members if isinstance(members, tuple) else members.tolist()
-        if num_members != len(x):
-            per_row(x.new_empty(num_members, 0), len(x), self)  # raises where rows would be left over
-            return torch.cat(
-                [self._one(block, i) for block, i in zip(x.chunk(num_members), ids, strict=True)]
-            )
-        return self._by_groups(x, ids)
+        ids = members if isinstance(members, tuple) else members.tolist()
+        return by_member(x, ids, self._one, self)
 
     def _num_members(self) -> int:
         bank = self.private_weight if self.running_mean is None else self.running_mean
@@ -208,15 +202,6 @@ class MemberBatchNorm(_Affine):
         shift = -mean * scale if bias is None else bias - mean * scale
         scale, shift = (along(per_row(rows, len(x), self), x, 1) for rows in (scale, shift))
         return torch.addcmul(shift, x, scale)
-
-    def _by_groups(self, x: Tensor, ids: Sequence[int]) -> Tensor:
-        """One id a row, members repeating: the rows of each member are gathered, normalised and put back."""
-        row_ids = torch.tensor(ids, device=x.device)
-        y = torch.empty_like(x)
-        for member in sorted(set(ids)):
-            index = (row_ids == member).nonzero().squeeze(1)
-            y = y.index_copy(0, index, self._one(x.index_select(0, index), member).to(y.dtype))
-        return y
 
     def export(self, member: int) -> nn.Module:
         """One member as torch's plain norm."""

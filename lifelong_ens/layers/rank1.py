@@ -4,17 +4,22 @@ Wen, Tran and Ba, "BatchEnsemble: an alternative approach to efficient ensemble 
 2020, equations 1-5: ``W_i = W * (s_i r_i^T)`` and so ``W_i x = (W (x * r_i)) * s_i``. Every bias is added
 after the scaling by ``s``, as in the authors' code. A convolution scales input channels by ``r`` and output
 channels by ``s``.
+
+Beyond the paper a member may have more: ``W_i = W * (sum_j s_ij r_ij^T) + sum_j u_ij v_ij^T``, with ``u`` per output
+unit and ``v`` over all that one unit reads, the kernel of a convolution included.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_ens.layers.bank import Bank, Selection, along, fast_weights, per_row
+from lifelong_ens.layers.bank import Bank, Selection, along, by_member, fast_weights, per_row
+from lifelong_ens.layers.pairs import Pairs
 
 BIASES = ("per_member", "shared")
 
@@ -26,10 +31,16 @@ class Rank1Layer(nn.Module):
     """What all rank-1 layers have: the banks ``r``, ``s`` and bias, and the selection of members.
 
     The shared weight keeps the name and shape it has in torch's layer, so pretrained state dicts load.
+
+    Attributes:
+        more: The second and later pairs that scale the weight, where ``rank`` is above 1.
+        added: The pairs whose products are added to it, where ``additive`` is above 0.
     """
 
     r: Bank
     s: Bank
+    more: Pairs | None
+    added: Pairs | None
     bias: Any
     private_bias: Bank | None
     selection: Selection
@@ -43,8 +54,13 @@ class Rank1Layer(nn.Module):
         bias: str = "per_member",
         selection: Selection | None = None,
         implicit_first: bool = False,
+        rank: int = 1,
+        additive: int = 0,
     ) -> None:
         """Give the plain layer its banks; a per-member bias starts as copies of the layer's own.
+
+        Whatever the rank, a member starts where one of rank 1 would: of the pairs beyond the first, and of those
+        that are added, one side starts random and the other at zero.
 
         Args:
             num_members: How many members there are from the start.
@@ -52,11 +68,22 @@ class Rank1Layer(nn.Module):
             bias: ``per_member``, or ``shared`` to keep the layer's one bias for all.
             selection: The network's selection; a layer on its own gets its own.
             implicit_first: Member 0 is the shared layer itself and stores no fast weights.
+            rank: How many pairs of vectors scale the weight.
+            additive: How many pairs of vectors are added to the weight.
         """
         num_in, num_out = self.member_sizes()
         explicit = max(num_members - implicit_first, 0)
-        self.r = Bank(fast_weights(init, explicit, num_in), "fast_weights", implicit_first=implicit_first)
-        self.s = Bank(fast_weights(init, explicit, num_out), "fast_weights", implicit_first=implicit_first)
+        options: Any = {"implicit_first": implicit_first}
+        self.r = Bank(fast_weights(init, explicit, num_in), "fast_weights", start="init", **options)
+        self.s = Bank(fast_weights(init, explicit, num_out), "fast_weights", start="init", **options)
+        self.more = self.added = None
+        if rank > 1:
+            groups = getattr(self, "groups", 1)
+            sizes = num_members, rank - 1, num_in, num_out
+            self.more = Pairs(*sizes, start="signs", groups=groups, **options)
+        if additive:
+            fan_in = self.get_parameter("weight")[0].numel()
+            self.added = Pairs(num_members, additive, fan_in, num_out, start="uniform", **options)
         self.private_bias = None
         if bias == "per_member" and self.bias is not None:
             self.private_bias = Bank(self.bias.detach().expand(num_members, -1), "bias")
@@ -68,15 +95,34 @@ class Rank1Layer(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say how long its fast weights are.")
 
     def merges(self, x: Tensor) -> bool:
-        """Whether ``s r^T`` is folded into the weight for this input instead of scaling activations.
+        """Whether the member's dense weight is made for this input instead of scaling activations.
 
-        In training one member, where no gradient flows back to ``x``: then the gradient of r needs none towards
+        Always where a member has more than one pair: then scaling would take a pass for each. Else in training one
+        member, where no gradient flows back to ``x``: then the gradient of r needs none towards
         the input, which a first convolution would compute for nothing else. And where the weight, which folding
         touches once, is no larger than the input, which scaling touches. Never in evaluation: what is frozen
         answers the same to the bit, whichever tensors happen to need gradients.
         """
+        if self.more is not None or self.added is not None:
+            return True
         one_in_training = self.training and isinstance(self.selection.members, int)
         return one_in_training and not x.requires_grad and x.numel() >= self.get_parameter("weight").numel()
+
+    def apply_merged(self, x: Tensor) -> Tensor:
+        """Each row through the plain layer with its member's dense weight and bias."""
+        ids = self.selected()
+        return self.apply_member(x, ids[0]) if len(ids) == 1 else by_member(x, ids, self.apply_member, self)
+
+    def selected(self) -> Sequence[int]:
+        """The members of the blocks of rows."""
+        members = self.selection.members
+        if isinstance(members, Tensor):
+            return members.tolist()
+        return (members,) if isinstance(members, int) else members or range(self.r.num_members)
+
+    def apply_member(self, x: Tensor, member: int) -> Tensor:
+        """All rows through the plain layer with one member's dense weight and bias."""
+        raise TypeError(f"{type(self).__name__} does not say how its plain layer is computed.")
 
     def scale_input(self, x: Tensor) -> Tensor:
         """``x * r``, each row by its member's vector."""
@@ -96,12 +142,15 @@ class Rank1Layer(nn.Module):
         return torch.addcmul(along(shift, y, self.input_axis), y, scale)
 
     def member_weight(self, member: int) -> Tensor:
-        """The dense weight of one member, ``W * (s r^T)``, in the shape of ``W``."""
+        """The dense weight of one member, ``W * (sum_j s_j r_j^T) + sum_j u_j v_j^T``, in the shape of ``W``."""
         weight, groups = self.get_parameter("weight"), getattr(self, "groups", 1)
         # row o of a grouped weight reads only the input channels of its own group
         r = self.r.row(member).view(groups, -1).repeat_interleave(len(weight) // groups, dim=0)
         factor = self.s.row(member).unsqueeze(1) * r
-        return weight * factor.view(*factor.shape, *[1] * (weight.dim() - 2))
+        if self.more is not None:
+            factor = factor + self.more(member)
+        scaled = weight * factor.view(*factor.shape, *[1] * (weight.dim() - 2))
+        return scaled if self.added is None else scaled + self.added(member).view_as(weight)
 
     def _has_bias(self) -> bool:
         return self.bias is not None or self.private_bias is not None
@@ -120,6 +169,8 @@ class Rank1Linear(Rank1Layer, nn.Linear):
         bias: Whether there is a bias, one per member.
         num_members: How many members.
         init: How fast weights start: ``random_sign``, ``gaussian`` or ``ones``.
+        rank: As in ``add_members``.
+        additive: As in ``add_members``.
         device: Where the tensors live.
     """
 
@@ -133,10 +184,12 @@ class Rank1Linear(Rank1Layer, nn.Linear):
         *,
         num_members: int,
         init: str = "random_sign",
+        rank: int = 1,
+        additive: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device=device)
-        self.add_members(num_members, init=init)
+        self.add_members(num_members, init=init, rank=rank, additive=additive)
 
     @classmethod
     def of(cls, layer: nn.Linear, num_members: int, **options: Any) -> Rank1Linear:
@@ -151,10 +204,13 @@ class Rank1Linear(Rank1Layer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, ..., in_features)`` to ``(batch, ..., out_features)``."""
-        members = self.selection.members
-        if isinstance(members, int) and self.merges(input):
-            return F.linear(input, self.member_weight(members), self.member_bias(members))
+        if self.merges(input):
+            return self.apply_merged(input)
         return self.scale_output(F.linear(self.scale_input(input), self.weight))
+
+    def apply_member(self, x: Tensor, member: int) -> Tensor:
+        """``(batch, ..., in_features)`` to ``(batch, ..., out_features)``, all of one member."""
+        return F.linear(x, self.member_weight(member), self.member_bias(member))
 
     def export(self, member: int) -> nn.Linear:
         """One member as a plain ``nn.Linear``."""
@@ -177,10 +233,12 @@ class _Rank1Conv(Rank1Layer):
         *,
         num_members: int,
         init: str = "random_sign",
+        rank: int = 1,
+        additive: int = 0,
         **conv_options: Any,
     ) -> None:
         self.plain.__init__(self, in_channels, out_channels, kernel_size, **conv_options)  # pyright: ignore
-        self.add_members(num_members, init=init)
+        self.add_members(num_members, init=init, rank=rank, additive=additive)
 
     @classmethod
     def of(cls, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, num_members: int, **options: Any) -> Self:
@@ -195,12 +253,14 @@ class _Rank1Conv(Rank1Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(batch, in_channels, ...)`` to ``(batch, out_channels, ...)``."""
-        members = self.selection.members
-        if isinstance(members, int) and self.merges(input):
-            weight, bias = self.member_weight(members), self.member_bias(members)
-            return self._conv_forward(input, weight, bias)  # pyright: ignore
+        if self.merges(input):
+            return self.apply_merged(input)
         x = self.scale_input(input)
         return self.scale_output(self._conv_forward(x, self.weight, None))  # pyright: ignore
+
+    def apply_member(self, x: Tensor, member: int) -> Tensor:
+        """``(batch, in_channels, ...)`` to ``(batch, out_channels, ...)``, all of one member."""
+        return self._conv_forward(x, self.member_weight(member), self.member_bias(member))  # pyright: ignore
 
     def export(self, member: int) -> nn.Module:
         """One member as torch's plain convolution."""

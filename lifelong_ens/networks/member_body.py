@@ -20,7 +20,7 @@ from lifelong_ens.convert import (
     replace_modules,
 )
 from lifelong_ens.errors import UnfitNetworkError
-from lifelong_ens.layers.bank import Bank, Selection
+from lifelong_ens.layers.bank import Bank, Selection, banks
 from lifelong_ens.layers.masked import MaskedLayer
 from lifelong_ens.networks.task import TaskNetwork, by_task
 
@@ -76,6 +76,8 @@ def mask_layers(body: nn.Module, make: Callable[[nn.Module], MaskedLayer]) -> nn
 class MemberBody(TaskNetwork):
     """The first task trains all, later ones only what is private to them: members of banks, and a head.
 
+    With ``pretrained`` the first task is like the later ones.
+
     A base for methods: a subclass puts layers with banks, or with other numbers per task, into ``body``.
 
     Attributes:
@@ -86,21 +88,28 @@ class MemberBody(TaskNetwork):
         body: A network with ``num_features`` whose layers read ``selection``.
         selection: Whose member is the task of the call in progress.
         init: Where private numbers of a new task start, as in ``append_members``.
+        pretrained: Whether what is shared is trained already and never moves.
     """
 
     frozen_past = True
     mixed_rows = True
 
-    def __init__(self, body: nn.Module, selection: Selection, init: str = "ones") -> None:
+    def __init__(
+        self, body: nn.Module, selection: Selection, init: str = "ones", pretrained: bool = False
+    ) -> None:
         super().__init__()
-        self.body, self.selection, self.init = body, selection, init
+        self.body, self.selection, self.init, self.pretrained = body, selection, init, pretrained
 
     def add_task(self, num_classes: int) -> None:
-        """Give the task its members and head; from the second task on, all that is shared is frozen."""
+        """Give the task its members and head, and freeze all that is shared unless this task is to train it."""
         if self.num_tasks:
             commit_members(self.body)
             self.requires_grad_(False)
             append_members(self.body, self.members_per_task, self.init)
+        elif self.pretrained:
+            self.requires_grad_(False)
+            for bank in banks(self.body):
+                bank.requires_grad_(True)
         self.heads.add(self.body.num_features, num_classes)  # pyright: ignore
         self.train(self.training)
 
@@ -109,10 +118,10 @@ class MemberBody(TaskNetwork):
         commit_members(self.body)
 
     def train(self, mode: bool = True) -> Self:
-        """Training mode; norms that all tasks share learn their statistics in the first task only."""
+        """Training mode; norms that all tasks share learn their statistics in the first task at most."""
         super().train(mode)
         # not num_tasks, which still leaves out the task that is being added
-        if len(self.heads) > 1:
+        if self.pretrained or len(self.heads) > 1:
             for module in self.body.modules():
                 if isinstance(module, nn.modules.batchnorm._NormBase):
                     module.eval()

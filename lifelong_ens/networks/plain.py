@@ -191,6 +191,8 @@ def without_classifier(model: nn.Module) -> nn.Module:
     Raises:
         InputError: The network has no linear layer to take off.
     """
+    if isinstance(model, Body):
+        model.fc = nn.Identity()
     if isinstance(getattr(model, "num_features", None), int):
         return model
     linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]

@@ -232,3 +232,26 @@ def test_folding_rank1_into_a_convolution_costs_products_of_its_weights_size() -
     assert meter.rank1_backward == 2 * weight + 4 * outer
     # the folded weight's gradient, and none towards the images
     assert meter.backward == 2 * weight * 8 * 8 * 8
+
+
+@pytest.mark.parametrize(("rank", "additive"), [(3, 0), (1, 2), (2, 1)])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_products_of_further_pairs_are_rank1_work(rank: int, additive: int, groups: int) -> None:
+    conv = Rank1Conv2d(
+        2 * groups, 4, kernel_size=3, groups=groups, num_members=2, rank=rank, additive=additive
+    )
+    conv.weight.requires_grad_(False)
+    x = torch.randn(8, 2 * groups, 10, 10)
+    with conv.selection.of(1):
+        meter = training(conv, lambda: conv(x))
+    weight, outer = 4 * 2 * 9, 4 * 2
+    products = 2 * ((rank - 1) * outer + additive * weight)
+    sums = outer * (rank > 1) + weight * (additive > 0)
+    assert meter.rank1_forward == meter.by_component["fast_weights"] == outer + weight + products + sums
+    assert meter.rank1_backward == 2 * weight + 4 * outer + 2 * products
+    convolution = 2 * weight * 8 * 8 * 8
+    assert meter.by_component["shared"] == meter.backward == convolution
+    assert meter.total == 2 * convolution + meter.rank1
+    evaluated = forward_flops(conv, lambda: conv(x))
+    assert evaluated.rank1 == 2 * meter.rank1_forward  # both members, four rows each
+    assert evaluated.by_component["shared"] == convolution

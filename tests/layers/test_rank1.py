@@ -28,46 +28,69 @@ CONVS: dict[str, tuple[type[Rank1Layer], dict[str, Any], tuple[int, ...]]] = {
     "3d": (Rank1Conv3d, {"kernel_size": 2, "groups": 2}, (4, 3, 3)),
 }
 CASES = ["linear 2d", "linear 3d", "linear no bias", *CONVS]
+# rank and additive
+PAIRS = {"rank 1": (1, 0), "rank 3": (3, 0), "additive 2": (1, 2), "rank 2 and additive 1": (2, 1)}
 NUM_MEMBERS = 3
 
 
-def build(case: str, num_members: int = NUM_MEMBERS) -> tuple[Rank1Layer, tuple[int, ...]]:
+def build(case: str, num_members: int = NUM_MEMBERS, pairs: str = "rank 1") -> tuple[Any, tuple[int, ...]]:
     """A layer, and the shape of one of its rows."""
+    members: dict[str, Any] = {"num_members": num_members, "init": "gaussian"}
+    members |= dict(zip(("rank", "additive"), PAIRS[pairs], strict=True))
     if case.startswith("linear"):
-        linear = Rank1Linear(5, 4, "no bias" not in case, num_members=num_members, init="gaussian")
-        return linear, (2, 5) if "3d" in case else (5,)
+        return Rank1Linear(5, 4, "no bias" not in case, **members), (2, 5) if "3d" in case else (5,)
     kind, options, size = CONVS[case]
     options = {"in_channels": 4, "out_channels": 6, **options}
-    return kind(**options, num_members=num_members, init="gaussian"), (4, *size)
+    return kind(**options, **members), (4, *size)
 
 
-def filled(case: str, randomise: Randomise, num_members: int = NUM_MEMBERS) -> tuple[Any, tuple[int, ...]]:
-    layer, shape = build(case, num_members)
+def filled(
+    case: str, randomise: Randomise, num_members: int = NUM_MEMBERS, pairs: str = "rank 1"
+) -> tuple[Any, tuple[int, ...]]:
+    layer, shape = build(case, num_members, pairs)
     return randomise(layer).double(), shape
 
 
-def tensors(layer: Any) -> dict[str, Tensor]:
-    """The layer's numbers as leaves of their own: W, r, s and, where there is one, b."""
+def leaves(layer: Any) -> dict[str, Tensor]:
+    """The layer's own numbers: W, r, s; where there are any, b, further pairs R, S and added ones v, u."""
     found = {"W": layer.weight, "r": layer.r.active, "s": layer.s.active}
     if layer.private_bias is not None:
         found["b"] = layer.private_bias.active
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in found.items()}
+    for pairs, names in ((layer.more, "RS"), (layer.added, "vu")):
+        if pairs is not None:
+            found |= {names[0]: pairs.r.active, names[1]: pairs.s.active}
+    return found
 
 
-def dense_weight(W: Tensor, r: Tensor, s: Tensor, groups: int) -> Tensor:
-    """``W * (s r^T)`` entry by entry."""
+def tensors(layer: Any) -> dict[str, Tensor]:
+    """Copies of ``leaves``, to be trained beside them."""
+    return {name: tensor.detach().clone().requires_grad_() for name, tensor in leaves(layer).items()}
+
+
+def dense_weight(parts: dict[str, Tensor], member: int, groups: int) -> Tensor:
+    """``W * (sum_j s_j r_j^T) + sum_j u_j v_j^T`` entry by entry."""
+    W, r, s = parts["W"], parts["r"][member][None], parts["s"][member][None]
+    if "R" in parts:
+        r, s = torch.cat([r, parts["R"][member]]), torch.cat([s, parts["S"][member]])
     outs, ins_per_group = W.shape[:2]
     channels = []
     for out in range(outs):
         group = out // (outs // groups)
-        inputs = [r[group * ins_per_group + i] * s[out] * W[out, i] for i in range(ins_per_group)]
-        channels.append(torch.stack(inputs))
+        inputs = [
+            sum(r[j, group * ins_per_group + i] * s[j, out] for j in range(len(r))) * W[out, i]
+            for i in range(ins_per_group)
+        ]
+        unit = torch.stack(inputs)
+        if "u" in parts:
+            u, v = parts["u"][member], parts["v"][member]
+            unit = unit + sum(u[j, out] * v[j].view_as(unit) for j in range(len(u)))
+        channels.append(unit)
     return torch.stack(channels)
 
 
 def dense_row(layer: Any, parts: dict[str, Tensor], x: Tensor, member: int) -> Tensor:
     """One row ``(1, ...)`` through the member's own dense layer, torch's plain one."""
-    weight = dense_weight(parts["W"], parts["r"][member], parts["s"][member], getattr(layer, "groups", 1))
+    weight = dense_weight(parts, member, getattr(layer, "groups", 1))
     bias = parts["b"][member] if "b" in parts else None
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
@@ -99,10 +122,11 @@ SELECTIONS: dict[str, int | Tensor | None] = {
 
 @pytest.mark.parametrize("members", SELECTIONS.values(), ids=SELECTIONS)
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("pairs", PAIRS)
 def test_equals_the_dense_form_and_so_do_its_gradients(
-    case: str, members: int | Tensor | None, randomise: Randomise
+    case: str, members: int | Tensor | None, pairs: str, randomise: Randomise
 ) -> None:
-    layer, shape = filled(case, randomise)
+    layer, shape = filled(case, randomise, pairs=pairs)
     parts = tensors(layer)
     x, x_dense = (torch.randn(6, *shape, dtype=torch.float64) for _ in range(2))
     x_dense.copy_(x)
@@ -115,8 +139,7 @@ def test_equals_the_dense_form_and_so_do_its_gradients(
     torch.testing.assert_close(out, expected)
 
     direction = torch.randn_like(out)
-    found = {"W": layer.weight, "r": layer.r.active, "s": layer.s.active}
-    found |= {"b": layer.private_bias.active} if "b" in parts else {}
+    found = leaves(layer)
     grads = torch.autograd.grad((out * direction).sum(), [x, *found.values()])
     dense = torch.autograd.grad((expected * direction).sum(), [x_dense, *parts.values()])
     for name, grad, dense_grad in zip(["x", *found], grads, dense, strict=True):
@@ -126,18 +149,18 @@ def test_equals_the_dense_form_and_so_do_its_gradients(
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_export_is_the_plain_layer_with_the_members_dense_weight(case: str, randomise: Randomise) -> None:
-    layer, shape = filled(case, randomise)
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_export_is_the_plain_layer_with_the_members_dense_weight(
+    case: str, pairs: str, randomise: Randomise
+) -> None:
+    layer, shape = filled(case, randomise, pairs=pairs)
     x = torch.randn(2, *shape, dtype=torch.float64)
     for member in range(NUM_MEMBERS):
         plain = layer.export(member)
         assert type(plain) in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         with layer.selection.of(member):
             torch.testing.assert_close(plain(x), layer(x))
-        parts = tensors(layer)
-        expected = dense_weight(
-            parts["W"], parts["r"][member], parts["s"][member], getattr(layer, "groups", 1)
-        )
+        expected = dense_weight(tensors(layer), member, getattr(layer, "groups", 1))
         torch.testing.assert_close(layer.member_weight(member), expected)
 
 
@@ -177,9 +200,10 @@ def test_one_member_of_ones_is_the_plain_layer_to_the_bit(plain: nn.Module, rand
     assert torch.equal(layer(x), plain(x))
 
 
+@pytest.mark.parametrize("pairs", ["rank 1", "rank 3"])
 @pytest.mark.parametrize("case", ["linear 2d", "2d"])
-def test_rows_that_do_not_split_are_refused(case: str, randomise: Randomise) -> None:
-    layer, shape = build(case, 2)
+def test_rows_that_do_not_split_are_refused(case: str, pairs: str) -> None:
+    layer, shape = build(case, 2, pairs)
     name = type(layer).__name__
     message = f"{name}: 5 rows do not split into 2 members; pass ids, or stack one block of rows per member."
     with pytest.raises(ValueError, match=message):
@@ -194,10 +218,16 @@ def test_linear_layers_of_any_shape_ids_and_dtype(data: st.DataObject) -> None:
     rows = data.draw(st.integers(1, 9))
     by_id = data.draw(st.booleans())
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+    rank, additive = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 2))
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    layer = Rank1Linear(size_in, size_out, num_members=num_members, init="gaussian").to(dtype)
+    layer = Rank1Linear(
+        size_in, size_out, num_members=num_members, init="gaussian", rank=rank, additive=additive
+    ).to(dtype)
     with torch.no_grad():
         layer.private_bias.active.normal_()
+        for pairs in (layer.more, layer.added):
+            if pairs is not None:
+                pairs.s.active.normal_()
     x = torch.randn(rows, *middle, size_in).to(dtype)
     ids = data.draw(st.lists(st.integers(0, num_members - 1), min_size=rows, max_size=rows))
     if not by_id and rows % num_members:
@@ -208,23 +238,20 @@ def test_linear_layers_of_any_shape_ids_and_dtype(data: st.DataObject) -> None:
     with layer.selection.of(members):
         out = layer(x)
     assert out.dtype == dtype
-    W, r, s, b = (
-        t.detach().double()
-        for t in (layer.weight, layer.r.table(), layer.s.table(), layer.private_bias.table())
-    )
+    parts = {name: tensor.double() for name, tensor in tensors(layer).items()}
     for row, member in enumerate(owners(members, rows, num_members)):
-        weight = W * torch.outer(s[member], r[member])
-        expected = F.linear(x[row].double(), weight, b[member])
+        expected = F.linear(x[row].double(), dense_weight(parts, member, 1), parts["b"][member])
         tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
         torch.testing.assert_close(out[row].double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def nested(num_members: int) -> nn.Module:
+def nested(num_members: int, **pairs: int) -> nn.Module:
     """Rank-1 layers inside blocks, all with one selection."""
+    members: dict[str, Any] = {"num_members": num_members, "init": "gaussian", **pairs}
     layers = [
-        Rank1Conv2d(3, 8, 3, padding=1, num_members=num_members, init="gaussian"),
-        Rank1Conv2d(8, 8, 3, padding=1, groups=4, num_members=num_members, init="gaussian"),
-        Rank1Linear(8, 5, num_members=num_members, init="gaussian"),
+        Rank1Conv2d(3, 8, 3, padding=1, **members),
+        Rank1Conv2d(8, 8, 3, padding=1, groups=4, **members),
+        Rank1Linear(8, 5, **members),
     ]
     for layer in layers:
         layer.selection = layers[0].selection
@@ -232,8 +259,9 @@ def nested(num_members: int) -> nn.Module:
     return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), layers[2])
 
 
-def test_autocast_keeps_bfloat16_in_and_out_of_every_layer() -> None:
-    network = nested(2)
+@pytest.mark.parametrize("pairs", [{}, {"rank": 2, "additive": 1}])
+def test_autocast_keeps_bfloat16_in_and_out_of_every_layer(pairs: dict[str, int]) -> None:
+    network = nested(2, **pairs)
     seen: list[tuple[torch.dtype, torch.dtype]] = []
 
     def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -248,13 +276,14 @@ def test_autocast_keeps_bfloat16_in_and_out_of_every_layer() -> None:
     assert seen == [(torch.float32, bf16), (bf16, bf16), (bf16, bf16)]
 
 
+@pytest.mark.parametrize("pairs", [{}, {"rank": 2, "additive": 1}])
 @pytest.mark.parametrize("grad", [True, False])
-def test_one_compilation_serves_all_batch_sizes(grad: bool) -> None:
-    network, counter = nested(2), CompileCounter()
+def test_one_compilation_serves_all_batch_sizes(grad: bool, pairs: dict[str, int]) -> None:
+    network, counter = nested(2, **pairs), CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(network, backend=counter, fullgraph=True)
     with torch.set_grad_enabled(grad):
-        for size in (20, 22, 34, 64):  # below 16 torch picks another grouped convolution
+        for size in (40, 44, 68, 128):  # below 16 rows of a member torch picks another grouped convolution
             x = torch.randn(size, 3, 5, 5)
             torch._dynamo.mark_dynamic(x, 0)
             torch.testing.assert_close(compiled(x), network(x))
@@ -286,3 +315,30 @@ def test_evaluation_never_folds_so_that_frozen_members_answer_the_same_to_the_bi
     layer.eval()
     with layer.selection.of(0):
         assert not layer.merges(torch.randn(40, *shape))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_the_rank_a_member_starts_where_one_of_rank_1_does_and_can_leave(case: str) -> None:
+    torch.manual_seed(0)
+    plain, shape = build(case)
+    torch.manual_seed(0)
+    layer, _ = build(case, pairs="rank 2 and additive 1")
+    for member in range(NUM_MEMBERS):
+        assert torch.equal(layer.member_weight(member), plain.member_weight(member))
+    layer(torch.randn(NUM_MEMBERS, *shape)).square().sum().backward()
+    for pairs in (layer.more, layer.added):
+        assert (pairs.s.active.grad.abs().amax(dim=-1) > 0).all()
+
+
+def test_frozen_members_answer_the_same_to_the_bit_whatever_is_asked_beside_them(
+    randomise: Randomise,
+) -> None:
+    layer, shape = filled("2d", randomise, pairs="rank 2 and additive 1")
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    answers = []
+    for trained in (True, False):
+        layer.train(trained)
+        for needs_grad in (True, False):
+            with layer.selection.of(1):
+                answers.append(layer(x.requires_grad_(needs_grad)).detach())
+    assert all(torch.equal(answer, answers[0]) for answer in answers)

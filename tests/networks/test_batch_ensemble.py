@@ -63,6 +63,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "first task shared": {"first_task": "shared"},
     "previous": {"init": "previous"},
     "random signs": {"init": "random_sign", "norm": "per_member"},
+    "pairs": {"rank": 2, "additive": 1, "members_per_task": 2},
+    "pretrained": {"train_on": "pretrained", "norm": "shared_frozen"},
+    "fittest": {"init": "fittest"},
 }
 
 

@@ -12,6 +12,7 @@ from lifelong_ens.networks.plain import resnet20
 from lifelong_ens.networks.task_files import load_tasks, save_tasks
 
 OPTIONS = [{}, {"norm": "per_member", "members_per_task": 2}, {"first_task": "shared", "bias": "shared"}]
+OPTIONS += [{"rank": 2, "additive": 1}]
 
 
 def fresh(width: int = 4, **options) -> BatchEnsembleNetwork:

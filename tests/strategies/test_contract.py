@@ -82,9 +82,10 @@ def small_mlp(num_classes: int | None = None) -> Body:
 
 
 BODIES = {"mlp": small_mlp, "conv": conv_net}
-# learned numbers of the bodies, of one task's fast weights, of one task's biases, of affine norms; features
+# learned numbers: bodies, one task's fast weights, one added pair, one task's biases, affine norms; features
 COUNTS = {
     "mlp": {
+        "added": (64 + 32) + (32 + 24),
         "body": 64 * 32 + 32 + 32 * 24 + 24,
         "fast": 64 + 32 + 32 + 24,
         "bias": 56,
@@ -92,6 +93,7 @@ COUNTS = {
         "features": 24,
     },
     "conv": {
+        "added": (9 + 8) + (72 + 8) + (1 + 8) + (72 + 12) + (108 + 12) + (8 + 12),
         "body": (72 + 16 + 584 + 16) + (864 + 24 + 1308 + 108),
         "fast": (9 + 16 + 9) + (20 + 24 + 20),
         "bias": 16 + 24,
@@ -173,6 +175,32 @@ VARIANTS: dict[str, Spec] = {
         True,
         lambda b, c, k: c["body"] + 3 * len(k) * c["fast"] + (3 * len(k) - 1) * c["bias"] + heads(c, k),
         {"members_per_task": 3},
+    ),
+    "batch_ensemble-pretrained": Spec(
+        batch_ensemble_lifelong,
+        True,
+        lambda b, c, k: (
+            c["body"] + len(k) * c["fast"] + (len(k) - 1) * (c["bias"] + c["affine"]) + heads(c, k)
+        ),
+        {"train_on": "pretrained", "norm": "per_member", "init": "ones"},
+    ),
+    "batch_ensemble-rank_2": Spec(
+        batch_ensemble_lifelong,
+        True,
+        lambda b, c, k: c["body"] + 2 * len(k) * c["fast"] + (len(k) - 1) * c["bias"] + heads(c, k),
+        {"rank": 2, "init": "ones"},
+    ),
+    "batch_ensemble-additive_2": Spec(
+        batch_ensemble_lifelong,
+        True,
+        lambda b, c, k: c["body"] + (len(k) - 1) * (c["fast"] + 2 * c["added"] + c["bias"]) + heads(c, k),
+        {"additive": 2, "init": "ones", "first_task": "shared"},
+    ),
+    "batch_ensemble-fittest": Spec(
+        batch_ensemble_lifelong,
+        True,
+        lambda b, c, k: c["body"] + len(k) * c["fast"] + (len(k) - 1) * c["bias"] + heads(c, k),
+        {"init": "fittest", "first_epochs": 8},
     ),
     "structured_ensemble-soft_global": Spec(
         structured_ensemble,
