@@ -115,6 +115,11 @@ class BatchEnsemble(Strategy):
         super().__init__(network=network, **options)
         self.first_epochs = first_epochs
 
+    def steps_for(self, images: int, task: int = 0) -> int:
+        """See ``Strategy.steps_for``; the first task may have epochs of its own."""
+        steps = super().steps_for(images, task)
+        return steps if task or self.first_epochs is None else steps * self.first_epochs // self.fit.epochs
+
     def fit_task(self, validation: Sequence[CLExperience]) -> None:
         """Choose where the task starts, where that is to be chosen, and train it."""
         tasks, epochs = self.network.num_tasks, self.fit.epochs

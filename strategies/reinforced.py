@@ -133,7 +133,7 @@ class Rcl(Strategy):
     def steps_for(self, images: int, task: int = 0) -> int:
         """Those of all trials, on what is left where images are held out."""
         if task == 0:
-            return super().steps_for(images)
+            return super().steps_for(images, task)
         return self.search.trials * super().steps_for(images - math.ceil(self.search.holdout * images))
 
     def fit_task(self, validation: Sequence[CLExperience]) -> None:

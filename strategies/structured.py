@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import combinations
 from typing import Any, Literal
 
 import torch
@@ -16,8 +18,8 @@ from lifelong_ens.errors import InputError
 from lifelong_ens.networks.structured import StructuredNetwork, choose
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import Optimisation
-from strategies.base import Strategy
-from strategies.loader import BatchLoader
+from strategies.base import Strategy, member_loss
+from strategies.loader import Batch, BatchLoader
 
 
 def structured_ensemble(
@@ -28,6 +30,9 @@ def structured_ensemble(
     pruning: Literal["hard", "soft"] = "hard",
     mask_epochs: int = 10,
     mask_learning_rate: float = 0.001,
+    members_per_task: int = 1,
+    diversity: float = 0.01,
+    grow: float = 0.0,
     fit: Fit | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -42,6 +47,9 @@ def structured_ensemble(
         pruning: hard compares free units with each other, soft with all: fewer new units where old ones matter.
         mask_epochs: Epochs in which a task learns how much each unit matters, before it is trained.
         mask_learning_rate: Of Adam in these epochs.
+        members_per_task: How many members a task holds, each with a choice of units: a small ensemble.
+        diversity: Weight of the term that keeps their scales apart while they choose.
+        grow: Widen layers until a task finds this share of their first units free, such as 0.25; 0 for never.
         fit: How each task is trained afterwards.
         seed: Of all randomness.
         device: Where it is trained.
@@ -53,12 +61,15 @@ def structured_ensemble(
         raise InputError(
             f"mask_epochs is at least 0 and mask_learning_rate above 0, not {mask_epochs} and {mask_learning_rate}."
         )
+    if diversity < 0:
+        raise InputError(f"diversity is at least 0, not {diversity}.")
     choice = {"quantile": quantile, "scope": scope, "pruning": pruning}
     return StructuredEnsemble(
-        network=StructuredNetwork(body),
+        network=StructuredNetwork(body, members_per_task=members_per_task, grow=grow),
         choice=choice,
         mask_epochs=mask_epochs,
         mask_learning_rate=mask_learning_rate,
+        diversity=diversity,
         fit=fit,
         seed=seed,
         device=device,
@@ -73,11 +84,17 @@ class StructuredEnsemble(Strategy):
     head on the whole network, units of earlier tasks included. The importance of a unit is ``|dL / ds|``, the
     gradient summed over a batch before its absolute value is taken, averaged over the batches of one more pass.
 
+    With several members, as in the authors' code StructuredEnsemble: a batch is split over their scales while these
+    are trained, with ``diversity / divergence`` added to the loss; in the pass for importance every member sees every
+    image, and the loss is that of their mean logits. Then members learn together, each from the whole batch, on the
+    mean of their losses: a row that one member alone has chosen feels its share of it, and wants more epochs.
+
     Args:
         network: What is trained.
         choice: Options of ``choose``.
         mask_epochs: Epochs in which the scales are learnt.
         mask_learning_rate: Of Adam in these epochs.
+        diversity: Weight of the term that keeps members' scales apart.
         options: As in ``Strategy``.
     """
 
@@ -90,10 +107,11 @@ class StructuredEnsemble(Strategy):
         choice: Mapping[str, Any],
         mask_epochs: int,
         mask_learning_rate: float,
+        diversity: float = 0.01,
         **options: Any,
     ) -> None:
         super().__init__(network=network, **options)
-        self.choice, self.mask_epochs = dict(choice), mask_epochs
+        self.choice, self.mask_epochs, self.diversity = dict(choice), mask_epochs, diversity
         self.mask_fit = replace(
             self.fit,
             optimizer="adam",
@@ -102,6 +120,14 @@ class StructuredEnsemble(Strategy):
             schedule="constant",
             warmup_epochs=0.0,
             clip_norm=None,
+        )
+        # scales in training, between which a batch is split
+        self._split: list[nn.Parameter] = []
+
+    def steps_for(self, images: int, task: int = 0) -> int:
+        """See ``Strategy.steps_for``; with the epochs of the scales and the pass for importance."""
+        return super().steps_for(images, task) + math.ceil(images / self.fit.batch_size) * (
+            self.mask_epochs + 1
         )
 
     def fit_task(self, validation: Sequence[CLExperience]) -> None:
@@ -112,26 +138,78 @@ class StructuredEnsemble(Strategy):
         self.optimisation = Optimisation(groups, self.mask_fit, len(self.dataloader), self.mask_epochs)  # pyright: ignore
         self.optimizer = self.optimisation.optimizer
         self.meter.new_phase()
-        for _ in range(self.mask_epochs):
-            self.training_epoch()
+        self._split = list(scales.values()) if network.members_per_task > 1 else []
+        try:
+            for _ in range(self.mask_epochs):
+                self.training_epoch()
+        finally:
+            self._split = []
         importance = self.importance(scales)
         free = {name: layer.free_units(network.num_tasks - 1) for name, layer in network.layers()}
-        network.choose_units(choose(importance, free, **self.choice))
+        chosen = [
+            choose({name: rows[member] for name, rows in importance.items()}, free, **self.choice)
+            for member in range(network.members_per_task)
+        ]
+        network.choose_units({name: torch.stack([units[name] for units in chosen]) for name in free})
         self.start_phase()
         super().fit_task(validation)
 
     def importance(self, scales: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """``|dL / ds|`` of every unit by layer, ``(units,)``, averaged over the batches of one pass."""
+        """``|dL / ds|`` of every unit by layer, ``(members, units)``, averaged over the batches of one pass."""
         loader = self.dataloader
         self._task_label = loader.task_label if isinstance(loader, BatchLoader) else None
         totals = {name: torch.zeros_like(scale) for name, scale in scales.items()}
         batches_seen = 0
         with closing(self.counted(loader)) as batches:
             for batch in batches:
-                gradients = torch.autograd.grad(
-                    self._loss_of(batch), list(scales.values()), materialize_grads=True
-                )
+                self.mbatch = batch
+                with self.optimisation.precision(self.device):
+                    logits = self._logits(batch[0])
+                    mean = logits if logits.dim() == 2 else logits.mean(dim=0)
+                    loss = member_loss(mean, batch[1])
+                gradients = torch.autograd.grad(loss, list(scales.values()), materialize_grads=True)
                 for total, gradient in zip(totals.values(), gradients, strict=True):
                     total += gradient.abs()
                 batches_seen += 1
         return {name: total.detach() / max(batches_seen, 1) for name, total in totals.items()}
+
+    def criterion(self) -> Tensor:
+        """See ``Strategy.criterion``; with the term for diversity while members' scales are trained."""
+        return super().criterion() + self._penalty()
+
+    def _loss_of(self, batch: Batch) -> Tensor:
+        return super()._loss_of(batch) + self._penalty()
+
+    def _logits(self, x: Tensor) -> Tensor:
+        if not self._split:
+            return super()._logits(x)
+        return self.network.split_logits(x, self.network.num_tasks - 1)
+
+    def _penalty(self) -> Tensor | float:
+        return self.diversity / (divergence(self._split).abs() + 1e-12) if self._split else 0.0
+
+
+def divergence(scales: Sequence[Tensor]) -> Tensor:
+    """How different members' scales ``(members, units)`` are: the sum of ``discrepancy`` over layers and pairs."""
+    pairs = (
+        discrepancy(layer[one], layer[other])
+        for layer in scales
+        for one, other in combinations(range(len(layer)), 2)
+    )
+    return torch.stack(list(pairs)).sum()
+
+
+def discrepancy(a: Tensor, b: Tensor) -> Tensor:
+    """``mean k(a, a) + mean k(b, b) - 2 mean k(a, b)`` of two vectors of n scales, after the maximum mean discrepancy.
+
+    Source: the authors' code StructuredEnsemble, where ``k(a, b)_i = exp(-mean_j (a_i - b_j)^2 / n)``: squares are
+    averaged before the exponential. So this is no discrepancy of distributions, and it can fall below zero, where
+    the code's penalty would reward likeness; ours is one over its absolute value.
+    """
+
+    def kernel(one: Tensor, other: Tensor) -> Tensor:
+        # less 1, which cancels in the sum: it would take the digits of the small differences
+        squares = (one - other.mean()).square() + other.var(correction=0)
+        return torch.expm1(-squares / len(one)).mean()
+
+    return kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Literal
 
 import torch
@@ -14,6 +13,7 @@ from lifelong_ens.errors import InputError
 from lifelong_ens.layers.bank import Members, banks
 from lifelong_ens.networks.member_body import MemberBody
 from lifelong_ens.networks.plain import without_classifier
+from lifelong_ens.networks.task import log_mean_probability
 
 Init = Literal["random_sign", "gaussian", "ones", "previous", "fittest"]
 TrainOn = Literal["first", "pretrained"]
@@ -126,8 +126,7 @@ class BatchEnsembleNetwork(MemberBody):
         """See ``TaskNetwork.forward``; with several members, the logarithm of their mean probability."""
         if self.members_per_task == 1:
             return super().forward(x, task)
-        logits = self.member_logits(x, task)
-        return torch.logsumexp(torch.log_softmax(logits, dim=-1), dim=0) - math.log(len(logits))
+        return log_mean_probability(self.member_logits(x, task))
 
     def member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:
         """Logits of the task's members, ``(members, batch, classes)``; every row is shown to all of them."""

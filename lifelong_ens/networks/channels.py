@@ -31,6 +31,8 @@ CHANNELWISE = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
 )
+# what gives back what it gets, in evaluation
+PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
 CHANNELWISE_FUNCTIONS = {
     torch.relu, F.relu, F.leaky_relu, F.elu, F.gelu, F.silu, torch.tanh, F.dropout, F.max_pool2d, F.avg_pool2d,
     F.adaptive_avg_pool2d, F.adaptive_max_pool2d,
@@ -46,6 +48,7 @@ class Channels:
     Attributes:
         writers: Names of the layers whose output units they are; in the order in which they run.
         norms: Names of the batch norms that they pass through.
+        normalised: For each norm, the layer whose output it normalises; None where that is a sum or something else.
         readers: Names of the layers that read them; a linear layer after a flattened map reads several numbers of each.
         size: How many there are.
         features: Whether the network's output is made of them.
@@ -53,6 +56,7 @@ class Channels:
 
     writers: tuple[str, ...]
     norms: tuple[str, ...]
+    normalised: tuple[str | None, ...]
     readers: tuple[str, ...]
     size: int
     features: bool
@@ -99,6 +103,7 @@ class _Tracer:
         self.sizes: list[int] = []
         self.writers: list[tuple[str, int]] = []
         self.norms: list[tuple[str, int]] = []
+        self.normalised: dict[str, str | None] = {}
         self.readers: list[tuple[str, int]] = []
 
     def run(self, graph: fx.Graph) -> list[Channels]:
@@ -132,7 +137,9 @@ class _Tracer:
         for root in roots:
             # added to the network's own input, which nothing can widen
             if root != self._root(0):
-                parts = (names(self.writers, root), names(self.norms, root), names(self.readers, root))
+                norms = names(self.norms, root)
+                normalised = tuple(self.normalised[norm] for norm in norms)
+                parts = (names(self.writers, root), norms, normalised, names(self.readers, root))
                 found.append(Channels(*parts, self.sizes[root], root == features))
         return found
 
@@ -144,6 +151,7 @@ class _Tracer:
         if isinstance(module, BATCH_NORMS):
             self._once(name, self.norms)
             self.norms.append((name, flow.group))
+            self.normalised[name] = self._layer_before(node)
             return flow
         if isinstance(module, nn.Flatten) and module.start_dim == 1:
             return _Flow(flow.group, is_map=False)
@@ -166,6 +174,15 @@ class _Tracer:
         group = self._new_group(len(module.weight))
         self.writers.append((name, group))
         return _Flow(group, is_map=not is_linear)
+
+    def _layer_before(self, node: fx.Node) -> str | None:
+        """The linear or convolution layer whose very output a module gets, in evaluation."""
+        before: Any = node.args[0]
+        while before.op == "call_module" and isinstance(self.modules[str(before.target)], PASSING):
+            before = before.args[0]
+        name = str(before.target)
+        is_layer = before.op == "call_module" and isinstance(self.modules[name], UNIT_LAYERS)
+        return name if is_layer else None
 
     def _function(self, node: fx.Node) -> _Flow | None:
         if node.target in ADDITIONS and all(isinstance(one, fx.Node) for one in node.args):

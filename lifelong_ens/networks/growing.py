@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lifelong_ens.layers.growing import GrowingLayer, GrowingNorm, Stamps
+from lifelong_ens.layers.structured import fill_layer
 from lifelong_ens.networks.channels import Channels, trace_channels
 from lifelong_ens.networks.plain import without_classifier
 from lifelong_ens.networks.task import TaskNetwork, by_task
@@ -181,23 +182,17 @@ class GrowingNetwork(TaskNetwork):
         stamps = state_dict.get(f"{prefix}sizes")
         base = [group.size for group in self.groups]
         if stamps is not None and len(stamps) == self.num_tasks and stamps[:1].tolist() == [base]:
-            for name, tensor in (*self.named_parameters(), *self.named_buffers()):
-                saved = state_dict.get(prefix + name)
-                if saved is not None and saved.dim() == tensor.dim():
-                    tensor.data = tensor.data.new_empty(saved.shape)
+            take_shapes(self, state_dict, prefix)
             self.stamps.table = stamps.tolist()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def fill_layer(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
-    """Put other tensors, of other widths, into a plain linear or convolution layer."""
-    layer.weight = nn.Parameter(weight.detach().clone())
-    layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-    names = (
-        ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("out_channels", "in_channels")
-    )
-    for name, length in zip(names, weight.shape[:2], strict=True):
-        setattr(layer, name, length)
+def take_shapes(network: nn.Module, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+    """Give every parameter and buffer the shape that it has in a state, so that this can be loaded."""
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        saved = state_dict.get(prefix + name)
+        if saved is not None and saved.dim() == tensor.dim():
+            tensor.data = tensor.data.new_empty(saved.shape)
 
 
 def _replace(body: nn.Module, name: str, module: nn.Module) -> None:

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lifelong_ens.convert import replace_modules
 from lifelong_ens.errors import InputError
 from lifelong_ens.layers.norm import MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.structured import UNIT_LAYERS, StructuredBatchNorm, StructuredLayer, Units
-from lifelong_ens.networks.plain import Body, without_classifier
-from lifelong_ens.networks.task import TaskNetwork, by_task
+from lifelong_ens.networks.channels import BATCH_NORMS, Channels, trace_channels
+from lifelong_ens.networks.cutting import keep_channels, positions
+from lifelong_ens.networks.growing import take_shapes
+from lifelong_ens.networks.plain import without_classifier
+from lifelong_ens.networks.task import TaskNetwork, by_task, log_mean_probability
 
 log = logging.getLogger(__name__)
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TASK_NORMS = (StructuredBatchNorm, MemberLayerNorm, MemberGroupNorm)
-# what leaves a channel that is zero everywhere zero, and every channel in its place
-KEEP_ZEROS = (
-    nn.Identity,
-    nn.ReLU,
-    nn.LeakyReLU,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    nn.Tanh,
-    nn.Flatten,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d,
-)
 
 
 class StructuredNetwork(TaskNetwork):
@@ -48,27 +35,50 @@ class StructuredNetwork(TaskNetwork):
     matter most. Then its rows, norms and head are trained. As in the code, units have their initial weights when they
     are given out, and in a later task frozen units read its new ones too, through columns that were not trained.
 
+    With several members, each has scales of its own and chooses by itself from the same free units; a row that several
+    members of the task have chosen is trained by all of them. The paper's ensembles learn one task, and their members
+    are trained apart; its lifelong form has one member. Members of a task have norms of their own and share its head.
+    Their probabilities are averaged, as everywhere here, where the paper averages logits.
+
     Where we differ. The units of every linear and convolution layer are given out, on shortcuts and at the ends of
     residual blocks too: a layer left out would be trained by every task. The code zeroes the gradient of frozen
     rows, which weight decay and momentum go on moving; here they are in no optimizer. BatchNorm, which the original
     does not have, has statistics and affine numbers of its own for every task (affine as the last task left it),
-    and is off where the layer right before it is; other norms have affine numbers per task.
+    and is off where the layer right before it is; other norms have affine numbers per task. ``grow`` is ours: without
+    it a layer whose units are all taken stays as it is.
+
+    Attributes:
+        groups: Channels that are widened together; none where the network does not grow.
+        sizes: How many channels each group has in each task, ``(tasks, groups)``; None where it does not grow.
 
     Args:
         body: A network with ``num_features``, or a classifier whose last linear layer is taken off.
+        members_per_task: How many members a task holds.
+        grow: Units that every task finds free in every layer, as a share of its first ones; it is widened until there
+            are as many. Earlier tasks go on computing with the units of their time. 0 for a network of fixed width.
 
     Raises:
-        InputError: The body holds something learned that has no units, such as an embedding.
+        InputError: The body holds something learned that has no units, such as an embedding; or it is to grow and
+            its channels cannot be followed.
     """
 
     frozen_past = True
+    sizes: Tensor | None
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, *, members_per_task: int = 1, grow: float = 0.0) -> None:
         super().__init__()
-        self.units = Units()
+        if members_per_task < 1:
+            raise InputError(f"members_per_task is at least 1, not {members_per_task}.")
+        if grow < 0:
+            raise InputError(f"grow is a share of a layer's units, at least 0, not {grow}.")
+        self.members_per_task, self.grow = members_per_task, grow
+        self.units = Units(members_per_task)
         body = without_classifier(copy.deepcopy(body))
         self.num_features: int = body.num_features  # pyright: ignore
-        self.body = _structured(body, self.units)
+        self.groups: list[Channels] = trace_channels(body) if grow else []
+        self.register_buffer("sizes", torch.zeros(0, len(self.groups), dtype=torch.long) if grow else None)
+        self.body = _structured(body, self.units, self.groups)
+        self._choosing = False
 
     @property
     def exhausted(self) -> dict[str, int]:
@@ -82,8 +92,16 @@ class StructuredNetwork(TaskNetwork):
         return found
 
     def notes(self) -> list[str]:
-        """Which layers ran out of units, and when."""
-        return [f"{name} had no free unit left for task {task + 1}" for name, task in self.exhausted.items()]
+        """Which layers ran out of units, and when; which were widened."""
+        notes = [f"{name} had no free unit left for task {task + 1}" for name, task in self.exhausted.items()]
+        for index, group in enumerate(self.groups):
+            widths = [row[index] for row in self.units.widths]
+            if widths and widths[-1] > group.size:
+                first = next(task for task, width in enumerate(widths) if width > group.size)
+                notes.append(
+                    f"{group.name} was widened from {group.size} to {widths[-1]} units, first for task {first + 1}"
+                )
+        return notes
 
     def layers(self) -> Iterator[tuple[str, StructuredLayer]]:
         """Every layer that has units, with its name in the body."""
@@ -94,25 +112,38 @@ class StructuredNetwork(TaskNetwork):
         """Freeze what there is, add a head and rows of norms. The task's units are chosen afterwards."""
         first = not len(self.heads)
         self.heads.requires_grad_(False)
+        if self.groups:
+            self._widen()
         for _, layer in self.layers():
             layer.masks.append()
         if not first:
             for norm in self._norms():
-                _append_task(norm)
-        self.heads.add(self.num_features, num_classes)
+                _append_task(norm, self.members_per_task)
+        features = next((index for index, group in enumerate(self.groups) if group.features), None)
+        num_features = self.num_features
+        if features is not None:
+            # several numbers for each channel where a map was flattened
+            num_features = num_features // self.groups[features].size * self.units.widths[-1][features]
+        self.heads.add(num_features, num_classes)
         self.train(self.training)
 
     def start_scales(self) -> dict[str, nn.Parameter]:
-        """Freeze everything and scale every unit by ``s ~ N(0, 1)``; returns the ``s`` by layer, to be trained."""
+        """Freeze everything and scale every unit by ``s ~ N(0, 1)``, for each member.
+
+        Returns:
+            The ``s`` by layer, ``(members, units)``, to be trained.
+        """
         self.requires_grad_(False)
+        self._choosing = True
         return {name: layer.start_scale() for name, layer in self.layers()}
 
     def choose_units(self, chosen: Mapping[str, Tensor]) -> None:
         """End the phase of the scales: give the newest task these free units and train them, its norms and head.
 
         Args:
-            chosen: For every layer, ``(units,)`` booleans, as ``choose`` gives them.
+            chosen: For every layer, ``(members, units)`` booleans, as ``choose`` gives them for one member.
         """
+        self._choosing = False
         task = len(self.heads) - 1
         for name, layer in self.layers():
             layer.choose(chosen[name])
@@ -124,8 +155,8 @@ class StructuredNetwork(TaskNetwork):
         newly = [name for name, first in self.exhausted.items() if first == task]
         if newly:
             log.warning(
-                "task %d finds no free unit in %s: from here on they stay as they are, and only the other "
-                "layers, norms and the head learn.",
+                "task %d finds no free unit in %s: from here on they stay as they are, and only the other layers, "
+                "norms and the head learn; grow=0.25 would widen them.",
                 task + 1,
                 ", ".join(newly),
             )
@@ -139,31 +170,114 @@ class StructuredNetwork(TaskNetwork):
                 bank.commit()  # pyright: ignore
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """See ``TaskNetwork.forward``; rows of several tasks run task by task."""
-        if isinstance(task, int):
-            return self._one(x, task)
-        return by_task(x, task, self._one)
+        """See ``TaskNetwork.forward``; with several members, the logarithm of their mean probability."""
+        logits = self.member_logits(x, task)
+        return logits[0] if self.members_per_task == 1 else log_mean_probability(logits)
 
-    def export_task(self, task: int) -> nn.Module:
-        """One task as a smaller dense network: rows and columns of units that are off are cut out; equal to 1e-5.
+    def member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """Logits of the task's members, ``(members, batch, classes)``; rows of several tasks run task by task."""
+        if not isinstance(task, int):
+            return by_task(x, task, self.member_logits)
+        count = self.members_per_task
+        if count == 1:
+            return self._run(x, task, task).unsqueeze(0)
+        first = task * count
+        members = tuple(range(first, first + count))
+        if self._choosing:
+            members = torch.arange(first, first + count, device=x.device).repeat_interleave(len(x))
+        return self._run(x.repeat(count, *[1] * (x.dim() - 1)), task, members).unflatten(0, (count, len(x)))
+
+    def split_logits(self, x: Tensor, task: int) -> Tensor:
+        """Logits ``(batch, classes)`` while units are chosen, each row from one member's scales alone.
+
+        The first ``batch // members`` rows are the first member's, as many the next one's, and so on; what is left over
+        is the first one's.
+        """
+        count, rows = self.members_per_task, torch.arange(len(x), device=x.device)
+        block = len(x) // count
+        members = torch.where(rows < block * count, rows // max(block, 1), 0)
+        return self._run(x, task, task if count == 1 else task * count + members)
+
+    def export_task(self, task: int, member: int = 0) -> nn.Module:
+        """One member of a task as a smaller dense network: what is off is cut out; equal to 1e-5.
+
+        Rows and columns go of channels that are off in all layers that write them; behind a norm that follows a
+        residual sum they stay, where its shift is.
 
         Raises:
-            InputError: The body is not a chain of layers, or a layer of it would not leave a zero zero.
+            InputError: The body's channels cannot be followed.
         """
+        if not 0 <= member < self.members_per_task:
+            raise IndexError(f"member {member} does not exist; a task has 0 to {self.members_per_task - 1}.")
+        index = task * self.members_per_task + member
+        on = {name: layer.active(index, 1)[0] for name, layer in self.layers()}
+        head = copy.deepcopy(self.heads[task])
         with torch.no_grad():
-            layers, kept, width = _cut(self.body, task)
-            kept = _positions(kept, self.num_features // width)
-            head = nn.Linear(len(kept), self.heads[task].out_features)  # pyright: ignore
-            head.weight.copy_(self.heads[task].weight[:, kept])  # pyright: ignore
-            head.bias.copy_(self.heads[task].bias)  # pyright: ignore
-        return nn.Sequential(*layers, head.to(self.heads[task].weight)).eval()  # pyright: ignore
+            body: Any = copy.deepcopy(self.body)
+            parts = [one for one in body.modules() if isinstance(one, (StructuredLayer, *TASK_NORMS))]
+            body = replace_modules(body, {one: one.export(index) for one in parts})
+            groups, kept = trace_channels(body), []
+            modules: dict[str, Any] = dict(body.named_modules())
+            for group in groups:
+                keep = torch.stack([on[name] for name in group.writers]).any(dim=0)
+                for name, layer in zip(group.norms, group.normalised, strict=True):
+                    if layer is None:
+                        keep = torch.ones_like(keep)
+                    else:
+                        _silence(modules[name], ~on[layer])
+                kept.append(keep)
+                if group.features:
+                    columns = positions(keep.nonzero().squeeze(1), head.in_features // group.size)  # pyright: ignore
+                    head.weight = nn.Parameter(head.weight[:, columns])  # pyright: ignore
+                    head.in_features = len(columns)  # pyright: ignore
+            keep_channels(body, groups, kept)
+        body.num_features = head.in_features
+        return nn.Sequential(body, head).requires_grad_(True).eval()
 
-    def _one(self, x: Tensor, task: int) -> Tensor:
-        with self.units.of(task):
+    def _run(self, x: Tensor, task: int, members: Any) -> Tensor:
+        """Logits of rows that belong to members of one task, ``(rows, classes)``."""
+        with self.units.of(members):
             return self.heads(self.body(x), task)
+
+    def _widen(self) -> None:
+        """Append units where a new task would find too few, and note how many there are."""
+        before = self.units.widths[-1] if self.units.widths else [group.size for group in self.groups]
+        layers = dict(self.layers())
+        more = []
+        for group in self.groups:
+            masks = [layers[name].masks for name in group.writers]
+            free = min(int((~one.used(one.num_tasks - 1)).sum()) for one in masks)
+            more.append(max(math.ceil(self.grow * group.size - 1e-9) - free, 0))
+        if any(more):
+            for layer in layers.values():
+                layer.widen(*(0 if group is None else more[group] for group in (layer.writes, layer.reads)))
+            for norm in self._norms():
+                if isinstance(norm, StructuredBatchNorm) and norm.reads is not None:
+                    norm.widen(more[norm.reads])
+        self.units.widths.append([size + new for size, new in zip(before, more, strict=True)])
+        self.sizes = torch.tensor(self.units.widths, device=next(self.parameters()).device)
 
     def _norms(self) -> Iterator[nn.Module]:
         return (module for module in self.body.modules() if isinstance(module, TASK_NORMS))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        # how wide the network is, is part of the state; that of another body is left to torch to refuse
+        sizes = state_dict.get(f"{prefix}sizes")
+        base = [group.size for group in self.groups]
+        if (
+            self.groups
+            and sizes is not None
+            and len(sizes) == self.num_tasks
+            and sizes[:1].tolist() == [base]
+        ):
+            take_shapes(self, state_dict, prefix)
+            self.units.widths = sizes.tolist()
+            for _, layer in self.layers():
+                layer.masks.num_units = len(layer.layer.weight)
+            for norm in self._norms():
+                if isinstance(norm, StructuredBatchNorm) and norm.reads is not None:
+                    norm.num_features = self.units.widths[-1][norm.reads]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 def choose(
@@ -211,37 +325,41 @@ def choose(
     return chosen
 
 
-def _structured(body: nn.Module, units: Units) -> nn.Module:
+def _structured(body: nn.Module, units: Units, groups: Sequence[Channels]) -> nn.Module:
     """The body with structured layers and norms of each task's own, in place."""
+    places: dict[str, dict[str, int]] = {}
+    for index, group in enumerate(groups):
+        for name in group.writers:
+            places.setdefault(name, {})["writes"] = index
+        for name in (*group.readers, *group.norms):
+            places.setdefault(name, {})["reads"] = index
     new: dict[nn.Module, nn.Module] = {}
     for name, module in body.named_modules():
         if module._parameters or module._buffers:
-            new[module] = _structured_module(name, module, units)
+            new[module] = _structured_module(name, module, units, groups, places.get(name, {}))
     if not any(isinstance(module, StructuredLayer) for module in new.values()):
         raise InputError(
             f"{type(body).__name__} has no linear or convolution layer whose units could be given."
         )
     if body in new:
         raise InputError(f"a single {type(body).__name__} is no body; put it into an nn.Sequential.")
-    for parent in list(body.modules()):
-        # not named_children, which leaves out the second name of a module that stands in two places
-        for child, module in list(parent._modules.items()):
-            if module in new:
-                setattr(parent, child, new[module])
-    return body
+    return replace_modules(body, new)
 
 
-def _structured_module(name: str, module: nn.Module, units: Units) -> nn.Module:
+def _structured_module(
+    name: str, module: Any, units: Units, groups: Sequence[Channels], place: Mapping[str, int]
+) -> nn.Module:
     kind = type(module)
     try:
         if kind in UNIT_LAYERS and "weight" in module._parameters:
-            return StructuredLayer(module, units)
+            positions = module.weight.shape[1] // groups[place["reads"]].size if "reads" in place else 1
+            return StructuredLayer(module, units, **place, positions=positions)
         if isinstance(module, BATCH_NORMS):
-            return StructuredBatchNorm(module, units)
+            return StructuredBatchNorm(module, units, **place)
         if isinstance(module, nn.LayerNorm):
-            return MemberLayerNorm(module, 1, units)
+            return MemberLayerNorm(module, units.members_per_task, units)
         if isinstance(module, nn.GroupNorm):
-            return MemberGroupNorm(module, 1, units)
+            return MemberGroupNorm(module, units.members_per_task, units)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
     raise InputError(
@@ -250,87 +368,17 @@ def _structured_module(name: str, module: nn.Module, units: Units) -> nn.Module:
     )
 
 
-def _append_task(norm: nn.Module) -> None:
+def _append_task(norm: nn.Module, members: int) -> None:
     if isinstance(norm, StructuredBatchNorm):
         norm.append_task()
         return
     for bank in norm.children():
-        bank.append(bank.table()[-1:])  # pyright: ignore
+        bank.append(bank.table()[-members:])  # pyright: ignore
 
 
-def _cut(body: nn.Module, task: int) -> tuple[list[nn.Module], Tensor, int]:
-    """The layers of a chain with one task's units alone, which units of the last are left, and of how many."""
-    layers: list[nn.Module] = []
-    kept: Tensor | None = None
-    width, after_layer = 0, False
-    for name, module in _chain(body, ""):
-        if isinstance(module, StructuredLayer):
-            layer, kept = _cut_layer(name, module, task, kept, width)
-            width = module.masks.num_units
-            layers.append(layer)
-        elif isinstance(module, StructuredBatchNorm) and after_layer and kept is not None:
-            layers.append(_cut_norm(module, task, kept))
-        elif isinstance(module, KEEP_ZEROS):
-            layers.append(copy.deepcopy(module))
-        else:
-            raise InputError(
-                f"export_task cuts chains of linear and convolution layers, norms right after them, ReLU and "
-                f"pooling; {name} is a {type(module).__name__}."
-            )
-        after_layer = isinstance(module, StructuredLayer)
-    if kept is None:
-        raise InputError("export_task: the body has no layer to cut.")
-    return layers, kept, width
-
-
-def _chain(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of nested sequences in the order in which they run."""
-    if isinstance(module, nn.Sequential | Body):
-        for child, part in module.named_children():
-            yield from _chain(part, f"{name}.{child}".lstrip("."))
-    else:
-        yield name, module
-
-
-def _cut_layer(
-    name: str, structured: StructuredLayer, task: int, kept: Tensor | None, width: int
-) -> tuple[nn.Module, Tensor]:
-    """A layer with the task's rows, and the columns of the ``kept`` of ``width`` units before it (None: all)."""
-    layer, active = structured.layer, structured.masks.row(task)
-    weight, bias = structured.masked(task, active)
-    rows = active.nonzero().squeeze(1)
-    if getattr(layer, "groups", 1) != 1:
-        raise InputError(f"export_task: {name} is a grouped convolution, whose columns cannot be cut.")
-    weight = weight[rows]
-    if kept is not None:
-        # flattened channels are followed by all their positions
-        weight = weight[:, _positions(kept, weight.shape[1] // width)]
-    cut = copy.copy(layer)
-    cut._parameters = dict(layer._parameters)
-    cut.weight = nn.Parameter(weight.detach().clone())
-    cut.bias = None if bias is None else nn.Parameter(bias[rows].detach().clone())
-    sizes = (
-        ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("out_channels", "in_channels")
-    )
-    for size, length in zip(sizes, weight.shape[:2], strict=True):
-        setattr(cut, size, length)
-    return cut, rows
-
-
-def _cut_norm(structured: StructuredBatchNorm, task: int, kept: Tensor) -> nn.Module:
-    """The task's norm as torch's own, with the ``kept`` channels alone."""
-    norm: Any = structured.export(task)
-    norm.num_features = len(kept)
-    for name in ("weight", "bias"):
-        if getattr(norm, name) is not None:
-            setattr(norm, name, nn.Parameter(getattr(norm, name).detach()[kept]))
-    for name in ("running_mean", "running_var"):
-        if getattr(norm, name) is not None:
-            setattr(norm, name, getattr(norm, name)[kept])
-    return norm
-
-
-def _positions(channels: Tensor, per_channel: int) -> Tensor:
-    """Indices of the given channels in a flattened ``(channels, positions)``."""
-    offsets = torch.arange(per_channel, device=channels.device)
-    return (channels.unsqueeze(1) * per_channel + offsets).flatten()
+def _silence(norm: Any, off: Tensor) -> None:
+    """Make a norm pass on channels ``(C,)`` that are zero as zeros."""
+    for name in ("bias", "running_mean"):
+        values = getattr(norm, name)
+        if values is not None:
+            values.data[off] = 0

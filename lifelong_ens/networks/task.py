@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -80,12 +81,12 @@ class TaskNetwork(nn.Module):
 
 
 def by_task(x: Tensor, task: Tensor, run: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Logits of rows of several tasks, one task after the other, ``(batch, classes)``, padded with -inf.
+    """Logits of rows of several tasks, one task after the other, ``(..., batch, classes)``, padded with -inf.
 
     Args:
         x: Images ``(batch, C, H, W)``.
         task: The task of each row, ``(batch,)``.
-        run: Logits of rows that all belong to one task.
+        run: Logits of rows that all belong to one task, ``(..., rows, classes)``.
 
     Raises:
         ValueError: There are no rows.
@@ -94,11 +95,17 @@ def by_task(x: Tensor, task: Tensor, run: Callable[[Tensor, int], Tensor]) -> Te
     if not present:
         raise ValueError("a batch has no rows.")
     parts = {one: run(x[task == one], one) for one in present}
-    width = max(part.shape[1] for part in parts.values())
-    logits = parts[present[0]].new_full((len(x), width), -torch.inf)
+    width = max(part.shape[-1] for part in parts.values())
+    first = parts[present[0]]
+    logits = first.new_full((*first.shape[:-2], len(x), width), -torch.inf)
     for one, part in parts.items():
-        logits[task == one, : part.shape[1]] = part
+        logits[..., task == one, : part.shape[-1]] = part
     return logits
+
+
+def log_mean_probability(logits: Tensor) -> Tensor:
+    """What members say together: the logarithm of their mean probability, of their ``(members, batch, classes)``."""
+    return torch.logsumexp(torch.log_softmax(logits, dim=-1), dim=0) - math.log(len(logits))
 
 
 class Heads(nn.ModuleList):

@@ -22,6 +22,23 @@ def test_a_chain_has_a_group_for_every_layer():
 def test_norms_belong_to_the_channels_that_they_normalise():
     groups = trace_channels(vgg11_half(batch_norm=True))
     assert [group.norms for group in groups[:2]] == [("features.1",), ("features.5",)]
+    assert [group.normalised for group in groups[:2]] == [("features.0",), ("features.4",)]
+
+
+class Summed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.one, self.sum = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.drop = nn.Dropout()
+
+    def forward(self, x):
+        return self.sum(self.one(self.drop(self.first(x))) + self.second(x))
+
+
+def test_a_norm_of_a_sum_normalises_no_layer():
+    (group,) = trace_channels(Summed())
+    assert dict(zip(group.norms, group.normalised, strict=True)) == {"one": "first", "sum": None}
 
 
 def test_all_that_is_added_on_a_residual_stream_is_one_group():

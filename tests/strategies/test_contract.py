@@ -49,7 +49,7 @@ class Spec:
     bodies: tuple[str, ...] = ("mlp", "conv")
     """What it runs on; on the others it says why not."""
     mask_bytes: Callable[[str, int], int] | None = None
-    """Closed form of its masks' bytes from the body's name and the number of tasks, where it has masks of weights."""
+    """Closed form of its masks' bytes from the body's name and the number of tasks, where it has masks."""
 
 
 def conv_net(num_classes: int | None = None) -> Body:
@@ -119,6 +119,11 @@ def packed_bytes(body: str) -> int:
     return sum(math.ceil(weights / 8) for weights in layers)
 
 
+def unit_bytes(body: str) -> int:
+    """Bytes of one bit for every unit, each layer rounded up to whole bytes."""
+    return sum(math.ceil(units / 8) for units in {"mlp": (32, 24), "conv": (8, 8, 8, 12, 12, 12)}[body])
+
+
 SPECS: dict[str, Spec] = {
     "finetune": Spec(finetune, False, lambda b, c, k: c["body"] + heads(c, k)),
     "joint": Spec(joint, False, lambda b, c, k: c["body"] + heads(c, k)),
@@ -152,6 +157,7 @@ SPECS: dict[str, Spec] = {
         True,
         lambda b, c, k: c["body"] + (len(k) - 1) * c["affine"] + heads(c, k),
         {"mask_epochs": 2},
+        mask_bytes=lambda b, tasks: unit_bytes(b) * tasks,
     ),
     "rcl": Spec(rcl, True, lambda b, c, k: -1, {"trials": 2, "max_units": 4}),
 }
@@ -207,6 +213,19 @@ VARIANTS: dict[str, Spec] = {
         True,
         lambda b, c, k: c["body"] + (len(k) - 1) * c["affine"] + heads(c, k),
         {"mask_epochs": 1, "pruning": "soft", "scope": "global", "quantile": 0.6},
+    ),
+    "structured_ensemble-three_members": Spec(
+        structured_ensemble,
+        True,
+        lambda b, c, k: c["body"] + (3 * len(k) - 1) * c["affine"] + heads(c, k),
+        {"mask_epochs": 2, "members_per_task": 3},
+        mask_bytes=lambda b, tasks: unit_bytes(b) * tasks * 3,
+    ),
+    "structured_ensemble-grow": Spec(
+        structured_ensemble,
+        True,
+        lambda b, c, k: -1,
+        {"mask_epochs": 1, "grow": 0.6},
     ),
     "bn_tuned-previous": Spec(
         bn_tuned,

@@ -3,20 +3,22 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
 from lifelong_ens.accounting.components import Size, sizes
 from lifelong_ens.errors import InputError
-from lifelong_ens.networks.plain import lenet5, mlp, resnet20, vgg11_half
-from lifelong_ens.networks.structured import StructuredNetwork, choose
+from lifelong_ens.networks.plain import mlp
+from lifelong_ens.networks.structured import StructuredNetwork
 from lifelong_ens.training.fit import Fit
 from strategies import structured_ensemble
 from strategies.evaluation import accuracy
-from strategies.structured import StructuredEnsemble
+from strategies.structured import StructuredEnsemble, discrepancy, divergence
 from streams import split_digits
 
 TASKS = 5
@@ -38,29 +40,6 @@ def taken(count: int, quantile: float) -> int:
     return count - math.ceil(quantile * (count - 1) - 1e-9)
 
 
-def grown(
-    body: nn.Module, num_tasks: int = 2, shape: tuple[int, int, int] = (3, 32, 32)
-) -> StructuredNetwork:
-    """A network whose tasks own random units with random weights, its norms' statistics moved."""
-    torch.manual_seed(1)
-    network = StructuredNetwork(body)
-    for _ in range(num_tasks):
-        network.train().begin_task(3)
-        network.start_scales()
-        free = {name: layer.free_units(network.num_tasks - 1) for name, layer in network.layers()}
-        network.choose_units(
-            choose({name: torch.rand(len(units)) for name, units in free.items()}, free, 0.5)
-        )
-        with torch.no_grad():
-            for parameter in network.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.3 * torch.randn_like(parameter) / max(parameter[0].numel(), 10) ** 0.5)
-        for _ in range(3):
-            network(torch.randn(8, *shape) + 0.5, network.num_tasks - 1)
-        network.finish_task()
-    return network.eval()
-
-
 @pytest.mark.parametrize("quantile", [0.25, 0.5, 0.9])
 def test_each_task_takes_its_share_of_the_free_units(benchmark, quantile):
     widths = (64, 33)
@@ -70,7 +49,7 @@ def test_each_task_takes_its_share_of_the_free_units(benchmark, quantile):
         strategy.train(benchmark.train_stream[task])
         layers = [layer for _, layer in strategy.network.layers()]
         for index, layer in enumerate(layers):
-            own = layer.masks.row(task) & ~layer.masks.row(task - 1)
+            own = layer.masks.used(task) & ~layer.masks.used(task - 1)
             assert int(own.sum()) == taken(free[index], quantile)
             # (1 - p) p^(t-1) of the layer, each earlier task off by less than one unit, and the last by one
             ideal = widths[index] * (1 - quantile) * quantile**task
@@ -89,33 +68,11 @@ def test_no_optimizer_moves_rows_of_other_tasks(benchmark, optimizer):
         before = {name: copy.deepcopy(layer.layer) for name, layer in strategy.network.layers()}
         strategy.train(benchmark.train_stream[task])
         for name, layer in strategy.network.layers():
-            own = layer.masks.row(task) & ~layer.masks.row(task - 1)
+            own = layer.masks.used(task) & ~layer.masks.used(task - 1)
             for part in ("weight", "bias"):
                 old, new = getattr(before[name], part), getattr(layer.layer, part)
                 assert torch.equal(old[~own], new[~own])
                 assert (old[own] != new[own]).any()
-
-
-def test_choose_by_hand():
-    importance = {"a": torch.tensor([0.9, 0.1, 0.5, 0.3]), "b": torch.tensor([9.0, 2.0, 3.0, 1.0])}
-    free = {"a": torch.tensor([False, True, True, True]), "b": torch.tensor([True, True, True, True])}
-
-    def chosen(**options: str) -> dict[str, list[int]]:
-        found = choose(importance, free, 0.5, **options)
-        return {name: units.nonzero().squeeze(1).tolist() for name, units in found.items()}
-
-    assert chosen() == {"a": [2, 3], "b": [0, 2]}
-    # over all units of a layer, 0.9 counts too: the quantile of a is 0.4
-    assert chosen(pruning="soft") == {"a": [2], "b": [0, 2]}
-    # among 7 free units the 4th is the threshold; b's are larger throughout, and a keeps its best
-    assert chosen(scope="global") == {"a": [2], "b": [0, 1, 2, 3]}
-    assert chosen(scope="global", pruning="soft") == {"a": [2], "b": [0, 1, 2, 3]}
-
-
-def test_units_of_no_importance_take_no_more_than_their_share():
-    free = {"a": torch.ones(10, dtype=torch.bool)}
-    assert int(choose({"a": torch.zeros(10)}, free, 0.7)["a"].sum()) == taken(10, 0.7)
-    assert not choose({"a": torch.rand(10)}, {"a": ~free["a"]}, 0.5)["a"].any()
 
 
 @pytest.mark.parametrize("options", [{"scope": "global"}, {"pruning": "soft"}])
@@ -124,7 +81,7 @@ def test_variants_give_every_layer_a_unit_while_there_are_free_ones(benchmark, o
     for task in range(3):
         strategy.train(benchmark.train_stream[task])
         for _, layer in strategy.network.layers():
-            own = layer.masks.row(task) & layer.free_units(task)
+            own = layer.masks.used(task) & layer.free_units(task)
             assert own.any() or not layer.free_units(task).any()
 
 
@@ -160,7 +117,6 @@ def test_masks_are_stored_as_bits(benchmark):
     for task in range(3):
         strategy.train(benchmark.train_stream[task])
     assert sizes(strategy.network)["mask"] == Size(0, 3 * (5 + 2))
-    assert sizes(grown(vgg11_half(), num_tasks=1))["mask"].bytes == 172
 
 
 class Recording(StructuredEnsemble):
@@ -171,7 +127,7 @@ class Recording(StructuredEnsemble):
         linear, head = self.network.body.features[1].layer, self.network.heads[-1]
         with torch.no_grad():
             z = F.linear(x.flatten(1), linear.weight, linear.bias)
-            scale = scales["features.1"]
+            scale = scales["features.1"][0]
             hidden = torch.relu(z * scale)
             error = torch.softmax(head(hidden), 1) - F.one_hot(y, head.out_features)
             by_row = (error @ head.weight) * (hidden > 0) * z
@@ -193,11 +149,11 @@ def test_importance_is_the_gradient_of_the_scales_alone(benchmark, mask_epochs):
     )
     before = copy.deepcopy(strategy.network.body.state_dict())
     strategy.train(benchmark.train_stream[0])
-    torch.testing.assert_close(strategy.found["features.1"], strategy.expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(strategy.found["features.1"][0], strategy.expected, rtol=1e-4, atol=1e-7)
     for name in ("weight", "bias"):
         name = f"features.1.layer.{name}"
         assert torch.equal(before[name], strategy.state[f"body.{name}"])
-    own = strategy.network.body.features[1].masks.row(0)
+    own = strategy.network.body.features[1].masks.used(0)
     assert float(strategy.expected[own].min()) >= float(strategy.expected[~own].max())
 
 
@@ -224,76 +180,106 @@ def test_only_the_scales_learn_in_their_phase(benchmark):
     assert strategy.network.body.features[1].scale is None
 
 
-def weights(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
+def test_discrepancy_is_the_sum_of_its_kernels():
+    a, b = torch.randn(7).double(), (torch.randn(7) + 0.5).double()
+
+    def kernel(one: Tensor, other: Tensor) -> float:
+        rows = [math.exp(-sum(float(i - j) ** 2 for j in other) / 7 / 7) for i in one]
+        return sum(rows) / 7
+
+    expected = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+    assert float(discrepancy(a, b)) == pytest.approx(expected, rel=1e-9)
+    assert float(discrepancy(a, a)) == 0
+    layers = [torch.stack([a, b, 2 * a]), torch.stack([b, a, a])]
+    pairs = ((a, b), (a, 2 * a), (b, 2 * a), (b, a), (b, a), (a, a))
+    assert float(divergence(layers)) == pytest.approx(sum(float(discrepancy(*pair)) for pair in pairs))
 
 
-@pytest.mark.parametrize(
-    "build", [mlp, lenet5, vgg11_half, lambda **options: vgg11_half(batch_norm=True, **options)]
-)
-def test_a_task_is_exported_as_a_smaller_dense_network(build):
-    network = grown(build(input_shape=(3, 32, 32)), num_tasks=3)
-    x = torch.randn(5, 3, 32, 32)
-    counts = []
-    for task in range(3):
-        exported = network.export_task(task)
-        with torch.no_grad():
-            torch.testing.assert_close(exported(x), network(x, task), rtol=1e-5, atol=1e-5)
-        assert not any("structured" in type(module).__module__ for module in exported.modules())
-        counts.append(weights(exported))
-    assert counts == sorted(counts)
-    whole = sum(layer.layer.weight.numel() for _, layer in network.layers())
-    # a layer between two others shrinks on both sides
-    assert counts[0] < 0.6 * whole
+class KeepingScales(StructuredEnsemble):
+    """Keeps the scales when their phase ends, and what is known of the importance."""
+
+    def importance(self, scales):
+        self.scales = {name: scale.detach().clone() for name, scale in scales.items()}
+        self.found = super().importance(scales)
+        return self.found
 
 
-def test_flattened_features_and_nested_sequences_are_exported():
-    body = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()), nn.AdaptiveAvgPool2d(2), nn.Flatten()
-    )
-    body.num_features = 24
-    network, x = grown(body), torch.randn(4, 3, 9, 9)
-    with torch.no_grad():
-        torch.testing.assert_close(network.export_task(0)(x), network(x, 0), rtol=1e-5, atol=1e-5)
+def keeping(body: nn.Module, fit: Fit = FIT, **options: Any) -> KeepingScales:
+    members = {"members_per_task": options.pop("members_per_task", 3)}
+    defaults = {"choice": {"quantile": 0.5}, "mask_epochs": 2, "mask_learning_rate": 0.01}
+    return KeepingScales(network=StructuredNetwork(body, **members), fit=fit, **(defaults | options))
 
 
-def test_what_cannot_be_cut_is_said():
-    with pytest.raises(InputError, match=r"features\.3 is a BasicBlock"):
-        grown(resnet20(width=4)).export_task(0)
-    body = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), nn.Sigmoid())
-    body.num_features = 4
-    with pytest.raises(InputError, match="2 is a Sigmoid"):
-        grown(body).export_task(0)
+def test_diversity_keeps_the_members_scales_apart(benchmark):
+    found = {}
+    for weight in (0.0, 0.01):
+        strategy = keeping(digits_mlp(24, 16), mask_epochs=5, diversity=weight)
+        strategy.train(benchmark.train_stream[0])
+        found[weight] = float(divergence(list(strategy.scales.values())))
+    assert found[0.01] > 2 * abs(found[0.0])
 
 
-def test_units_that_are_off_leave_the_norm_as_zeros():
-    network = grown(vgg11_half(batch_norm=True))
-    seen: list[Tensor] = []
-    network.body.features[1].register_forward_hook(lambda *args: seen.append(args[-1]))
-    network(torch.randn(4, 3, 32, 32), 0)
-    on = network.body.features[0].masks.row(0)
-    assert not seen[0][:, ~on].any()
-    assert seen[0][:, on].any()
+def test_every_member_sees_every_image_in_the_pass_for_importance(benchmark):
+    fit = Fit(epochs=1, batch_size=10_000)
+    strategy = keeping(digits_mlp(12), fit, members_per_task=2)
+    network, seen = strategy.network, {}
+
+    def note(*_: Any) -> None:
+        # before the task's rows are trained, and the head with them
+        seen.update(copy.deepcopy(network.state_dict()))
+
+    original = network.choose_units
+    network.choose_units = lambda chosen: (note(), original(chosen))
+    strategy.train(benchmark.train_stream[0])
+    x, y, _ = benchmark.train_stream[0].dataset.batch(torch.arange(len(benchmark.train_stream[0].dataset)))
+    z = F.linear(
+        x.flatten(1), seen["body.features.1.layer.weight"], seen["body.features.1.layer.bias"]
+    ).detach()
+    scale = strategy.scales["features.1"].requires_grad_(True)
+    logits = [F.linear(torch.relu(z * row), seen["heads.0.weight"], seen["heads.0.bias"]) for row in scale]
+    (gradient,) = torch.autograd.grad(F.cross_entropy((logits[0] + logits[1]) / 2, y), scale)
+    torch.testing.assert_close(strategy.found["features.1"], gradient.abs(), rtol=1e-4, atol=1e-7)
 
 
-def test_rows_of_several_tasks_run_as_those_of_one():
-    network, x = grown(resnet20(width=4)), torch.randn(6, 3, 32, 32)
-    tasks = torch.tensor([1, 0, 0, 1, 1, 0])
-    with torch.no_grad():
-        mixed = network(x, tasks)
-        for task in range(2):
-            torch.testing.assert_close(mixed[tasks == task], network(x[tasks == task], task))
+@pytest.mark.parametrize("options", [{}, {"members_per_task": 3}])
+def test_plugins_that_look_at_iterations_change_nothing(benchmark, options):
+    class Watching(SupervisedPlugin):
+        def after_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    states = []
+    for plugins in ((), (Watching(),)):
+        strategy = structured_ensemble(digits_mlp(16), mask_epochs=2, fit=FIT, plugins=plugins, **options)
+        strategy.train(benchmark.train_stream[0])
+        states.append(strategy.network.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-@pytest.mark.parametrize(
-    "norm", [nn.GroupNorm(2, 4), nn.LayerNorm([4, 6, 6]), nn.BatchNorm2d(4, affine=False)]
-)
-def test_other_norms_forget_nothing_either(norm):
-    body = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 9))
-    body.num_features = 9
-    x = torch.randn(4, 1, 8, 8)
-    with torch.no_grad():
-        assert torch.equal(grown(body, 1, (1, 8, 8))(x, 0), grown(body, 3, (1, 8, 8))(x, 0))
+def test_the_phases_steps_are_counted(benchmark):
+    strategy = structured_ensemble(digits_mlp(16), mask_epochs=3, fit=FIT)
+    steps = []
+    strategy.on_step = lambda: steps.append(1)
+    strategy.train(benchmark.train_stream[0])
+    images = len(benchmark.train_stream[0].dataset)
+    assert len(steps) == strategy.steps_for(images) == math.ceil(images / 64) * (3 + 1 + 2)
+
+
+def test_a_layer_that_grows_is_never_exhausted_and_the_record_says_so(benchmark):
+    fit = Fit(epochs=8)
+    strategy = structured_ensemble(digits_mlp(16, 8), quantile=0.0, mask_epochs=1, grow=0.5, fit=fit)
+    reached = []
+    for task in range(TASKS):
+        strategy.train(benchmark.train_stream[task])
+        reached.append(accuracy(strategy, [benchmark.test_stream[task]]))
+    network = strategy.network
+    assert network.units.widths == [[16 + 8 * task, 8 + 4 * task] for task in range(TASKS)]
+    assert network.notes()[0] == "features.1 was widened from 16 to 48 units, first for task 2"
+    assert min(reached) > 0.65
+    # each layer of the last task: all rows, all columns; each head reads the units of its time
+    weights = 48 * 65 + 24 * 49
+    assert sizes(network)["shared"].parameters == weights
+    assert sizes(network)["head"].parameters == sum((8 + 4 * task + 1) * 2 for task in range(TASKS))
+    assert sizes(network)["mask"].bytes == TASKS * (6 + 3)
 
 
 def test_what_has_no_units_is_an_error():
@@ -314,6 +300,9 @@ def test_what_has_no_units_is_an_error():
         ({"quantile": -0.1}, r"quantile is in \[0, 1\), not -0.1"),
         ({"mask_epochs": -1}, "mask_epochs is at least 0"),
         ({"mask_learning_rate": 0.0}, "mask_learning_rate above 0"),
+        ({"members_per_task": 0}, "members_per_task is at least 1, not 0"),
+        ({"diversity": -1.0}, "diversity is at least 0"),
+        ({"grow": -0.5}, "grow is a share of a layer's units"),
     ],
 )
 def test_bad_options_are_said(options, message):
