@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from strategies.base import Strategy
     from strategies.baselines import finetune, independent, joint
     from strategies.batch_ensemble import batch_ensemble_lifelong
+    from strategies.distillation import lwf
+    from strategies.gradient_memory import agem, gem
     from strategies.model import TaskModel
     from strategies.norm_tuning import bn_tuned
     from strategies.packing import packnet
     from strategies.progressive import pnn
+    from strategies.regularisation import ewc, synaptic_intelligence
+    from strategies.rehearsal import replay
     from strategies.reinforced import rcl
     from strategies.structured import structured_ensemble
     from strategies.supermasks import supsup
@@ -32,22 +36,34 @@ BUILDERS: dict[str, str] = {
     "packnet": "strategies.packing:packnet",
     "supsup": "strategies.supermasks:supsup",
     "rcl": "strategies.reinforced:rcl",
+    "ewc": "strategies.regularisation:ewc",
+    "synaptic_intelligence": "strategies.regularisation:synaptic_intelligence",
+    "lwf": "strategies.distillation:lwf",
+    "replay": "strategies.rehearsal:replay",
+    "agem": "strategies.gradient_memory:agem",
+    "gem": "strategies.gradient_memory:gem",
 }
 
 __all__ = [
     "BUILDERS",
     "Strategy",
     "TaskModel",
+    "agem",
     "batch_ensemble_lifelong",
     "bn_tuned",
+    "ewc",
     "finetune",
+    "gem",
     "independent",
     "joint",
+    "lwf",
     "packnet",
     "pnn",
     "rcl",
+    "replay",
     "structured_ensemble",
     "supsup",
+    "synaptic_intelligence",
 ]
 
 

@@ -43,7 +43,8 @@ class Strategy(SupervisedTemplate):
     """Training of a ``TaskNetwork`` over a stream, as an Avalanche strategy.
 
     Plugins attach as to any other. Where none of them uses the callbacks of an iteration, epochs run in a tight loop
-    without them. A method that trains differently overrides ``fit_task``.
+    without them. A method that trains differently overrides ``fit_task``; one that changes a step overrides ``penalty``
+    or ``before_step``, which both loops call.
 
     Attributes:
         meter: What training has cost so far.
@@ -61,6 +62,10 @@ class Strategy(SupervisedTemplate):
         joint: Train all experiences that are given to ``train`` together.
         plugins: Avalanche plugins.
         evaluator: Avalanche's metrics and loggers; None, the fast choice, for none.
+
+    Attributes:
+        meter: What the training costs.
+        extra_rows: How many rows a step passes forward and backward beside its mini-batch, for the meter.
     """
 
     def __init__(
@@ -98,6 +103,7 @@ class Strategy(SupervisedTemplate):
         self.meter = TrainingMeter()
         self.on_step: Callable[[], object] | None = None
         self.on_phase: Callable[[str], object] | None = None
+        self.extra_rows = 0
         self._losses: list[Tensor] = []
         self._task_label: int | None = None
         self._compiled: Callable[..., Tensor] | None = None
@@ -126,6 +132,12 @@ class Strategy(SupervisedTemplate):
             task: Its index; a method may train the first one differently.
         """
         return math.ceil(images / self.fit.batch_size) * self.fit.epochs
+
+    def penalty(self) -> Tensor | None:
+        """What a method adds to the loss of ``mbatch``, whose forward pass has been done; nothing here."""
+
+    def before_step(self) -> None:
+        """Called when the gradients of a step are there, before they are clipped and used; a method may change them."""
 
     def run_epochs(self, epochs: int, validation: Sequence[CLExperience] = ()) -> None:
         """Epochs with the present optimisation, with early stopping where ``fit`` and the stream allow it."""
@@ -181,10 +193,10 @@ class Strategy(SupervisedTemplate):
         return self._mb_logits if self._mb_logits.dim() == 2 else self._mb_logits.mean(dim=0)
 
     def criterion(self) -> Tensor:
-        """Mean of the members' losses; with one member, the loss."""
+        """Mean of the members' losses, with one member the loss, and what the method adds."""
         if not self.is_training:
             return super().criterion()
-        return member_loss(self._mb_logits, self.mb_y)
+        return self._loss(self._mb_logits, self.mb_y)
 
     def backward(self) -> None:
         """Avalanche's, with the loss kept for the check at the end of the epoch."""
@@ -208,7 +220,8 @@ class Strategy(SupervisedTemplate):
 
     def start_phase(self, epochs: int | None = None) -> None:
         """A fresh optimisation of what is trainable now; called at the start of every task."""
-        self.optimisation = Optimisation(self.parameter_groups(), self.fit, len(self.dataloader), epochs)  # pyright: ignore
+        steps = len(self.dataloader)  # pyright: ignore
+        self.optimisation = Optimisation(self.parameter_groups(), self.fit, steps, epochs, self.before_step)
         self.optimizer = self.optimisation.optimizer
         self.meter.new_phase()
 
@@ -271,12 +284,16 @@ class Strategy(SupervisedTemplate):
     def _loss_of(self, batch: Batch) -> Tensor:
         self.mbatch = batch
         with self.optimisation.precision(self.device):
-            return member_loss(self._logits(batch[0]), batch[1])
+            return self._loss(self._logits(batch[0]), batch[1])
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        loss, penalty = member_loss(logits, labels), self.penalty()
+        return loss if penalty is None else loss + penalty
 
     def counted(self, batches: Any) -> Generator[Batch, None, None]:
         """The batches, their rows counted; what is done with the first of a phase runs under the meter."""
         for batch in batches:
-            rows = len(batch[1])
+            rows = len(batch[1]) + self.extra_rows
             if self.meter.measured:
                 yield batch
             else:

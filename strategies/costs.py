@@ -84,7 +84,9 @@ def component_sizes(strategy: SupervisedTemplate) -> dict[str, Size]:
     """What each component stores now: the network's, the optimizer's, and what plugins keep (``buffer``)."""
     components = sizes(network_of(strategy))
     extra = {"optimizer": optimizer_size(strategy.optimizer), "buffer": Size(0, buffer_bytes(strategy))}
-    return components | {name: size for name, size in extra.items() if size.bytes}
+    for name, size in extra.items():
+        components[name] = components.get(name, Size()) + size
+    return {name: size for name, size in components.items() if size.bytes}
 
 
 def buffer_bytes(strategy: SupervisedTemplate) -> int:

@@ -19,7 +19,7 @@ from lifelong_ens.networks.structured import StructuredNetwork, choose
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import Optimisation
 from strategies.base import Strategy, member_loss
-from strategies.loader import Batch, BatchLoader
+from strategies.loader import BatchLoader
 
 
 def structured_ensemble(
@@ -173,20 +173,14 @@ class StructuredEnsemble(Strategy):
                 batches_seen += 1
         return {name: total.detach() / max(batches_seen, 1) for name, total in totals.items()}
 
-    def criterion(self) -> Tensor:
-        """See ``Strategy.criterion``; with the term for diversity while members' scales are trained."""
-        return super().criterion() + self._penalty()
-
-    def _loss_of(self, batch: Batch) -> Tensor:
-        return super()._loss_of(batch) + self._penalty()
+    def penalty(self) -> Tensor | None:
+        """The term for diversity, while members' scales are trained."""
+        return self.diversity / (divergence(self._split).abs() + 1e-12) if self._split else None
 
     def _logits(self, x: Tensor) -> Tensor:
         if not self._split:
             return super()._logits(x)
         return self.network.split_logits(x, self.network.num_tasks - 1)
-
-    def _penalty(self) -> Tensor | float:
-        return self.diversity / (divergence(self._split).abs() + 1e-12) if self._split else 0.0
 
 
 def divergence(scales: Sequence[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -41,12 +41,18 @@ class TrainingMeter:
         self._per_row = None
 
     @contextmanager
-    def measure(self, network: nn.Module, rows: int) -> Iterator[None]:
-        """Run one step on ``rows`` images inside; it stands for all others of this phase."""
-        with FlopMeter(network) as flops, saved_bytes(network) as saved:
+    def measure(self, network: nn.Module, rows: int, saved: bool = True) -> Iterator[None]:
+        """Run one step on ``rows`` images inside; it stands for all others of this phase.
+
+        Args:
+            network: What is trained.
+            rows: Images of the step.
+            saved: Whether to measure what is kept for backward too; inside torch.func it cannot be.
+        """
+        with FlopMeter(network) as flops, saved_bytes(network) if saved else nullcontext({}) as kept:
             yield
         self._per_row = flops.total / rows, flops.rank1 / rows
-        self.saved_bytes = max(self.saved_bytes, sum(saved.values()))
+        self.saved_bytes = max(self.saved_bytes, sum(kept.values()))
 
     def count(self, rows: int) -> None:
         """So many rows were trained, the measured step's included."""

@@ -24,10 +24,16 @@ class Optimisation:
         fit: How to train.
         steps_per_epoch: Batches in one epoch; the schedule moves at every step.
         epochs: Epochs of this training; None for those of ``fit``.
+        before_update: Called at every step when the gradients are there, before anything is done with them.
     """
 
     def __init__(
-        self, groups: Iterable[Mapping[str, Any]], fit: Fit, steps_per_epoch: int, epochs: int | None = None
+        self,
+        groups: Iterable[Mapping[str, Any]],
+        fit: Fit,
+        steps_per_epoch: int,
+        epochs: int | None = None,
+        before_update: Callable[[], object] | None = None,
     ) -> None:
         parameter_groups = [dict(group) for group in groups]
         options: dict[str, Any] = {"lr": fit.learning_rate, "weight_decay": fit.weight_decay}
@@ -39,7 +45,7 @@ class Optimisation:
             kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
             self.optimizer = kinds[fit.optimizer](parameter_groups, **options)
         self.parameters = [parameter for group in parameter_groups for parameter in group["params"]]
-        self.clip_norm, self.amp = fit.clip_norm, fit.amp
+        self.clip_norm, self.amp, self.before_update = fit.clip_norm, fit.amp, before_update
         total = max(steps_per_epoch * (fit.epochs if epochs is None else epochs), 1)
         self.scheduler = None
         if fit.schedule != "constant" or fit.warmup_epochs:
@@ -60,6 +66,8 @@ class Optimisation:
 
     def update(self) -> None:
         """Clip the gradients that are there, move the parameters, move the schedule."""
+        if self.before_update is not None:
+            self.before_update()
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         self.optimizer.step()

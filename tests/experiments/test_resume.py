@@ -43,7 +43,7 @@ def finished(out: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["finetune", "independent", "batch_ensemble", "pnn", "packnet", "supsup"]
+    "strategy", ["finetune", "independent", "batch_ensemble", "pnn", "packnet", "supsup", "ewc", "replay"]
 )
 def test_killed_at_five_random_moments_equals_uninterrupted_to_the_bit(strategy, tmp_path):
     whole = start(strategy, tmp_path / "whole")

@@ -10,24 +10,31 @@ from typing import Any
 
 import pytest
 import torch
+from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
 import strategies
-from lifelong_ens.accounting.components import sizes
+from lifelong_ens.accounting.components import Size, sizes
 from lifelong_ens.errors import InputError
 from lifelong_ens.networks.plain import Body, mlp
 from lifelong_ens.training.fit import Fit
 from strategies import (
+    agem,
     batch_ensemble_lifelong,
     bn_tuned,
+    ewc,
     finetune,
+    gem,
     independent,
     joint,
+    lwf,
     packnet,
     pnn,
     rcl,
+    replay,
     structured_ensemble,
     supsup,
+    synaptic_intelligence,
 )
 from strategies.base import Strategy
 from strategies.evaluation import accuracy
@@ -50,6 +57,8 @@ class Spec:
     """What it runs on; on the others it says why not."""
     mask_bytes: Callable[[str, int], int] | None = None
     """Closed form of its masks' bytes from the body's name and the number of tasks, where it has masks."""
+    buffer_bytes: Callable[[dict[str, int], int], int] = lambda c, tasks: 0
+    """Closed form of what it keeps of the past, from the body's size and the number of tasks."""
 
 
 def conv_net(num_classes: int | None = None) -> Body:
@@ -79,6 +88,13 @@ def small_mlp(num_classes: int | None = None) -> Body:
     """An MLP for digits."""
     torch.manual_seed(0)
     return mlp(num_classes, input_shape=(1, 8, 8), hidden=(32, 24))
+
+
+class LooksAtSteps(SupervisedPlugin):
+    """Makes training go through Avalanche's callbacks."""
+
+    def after_training_iteration(self, strategy, *args, **kwargs) -> None:
+        self.seen = True
 
 
 BODIES = {"mlp": small_mlp, "conv": conv_net}
@@ -124,6 +140,11 @@ def unit_bytes(body: str) -> int:
     return sum(math.ceil(units / 8) for units in {"mlp": (32, 24), "conv": (8, 8, 8, 12, 12, 12)}[body])
 
 
+def remembered_bytes(memory: int) -> Callable[[dict[str, int], int], int]:
+    """Grey 8x8 images as bytes, their label and task, and each task's mean and standard deviation."""
+    return lambda c, tasks: memory * (64 + 4 + 4) + tasks * 8
+
+
 SPECS: dict[str, Spec] = {
     "finetune": Spec(finetune, False, lambda b, c, k: c["body"] + heads(c, k)),
     "joint": Spec(joint, False, lambda b, c, k: c["body"] + heads(c, k)),
@@ -160,8 +181,46 @@ SPECS: dict[str, Spec] = {
         mask_bytes=lambda b, tasks: unit_bytes(b) * tasks,
     ),
     "rcl": Spec(rcl, True, lambda b, c, k: -1, {"trials": 2, "max_units": 4}),
+    "ewc": Spec(
+        ewc,
+        False,
+        lambda b, c, k: c["body"] + heads(c, k),
+        {"fisher_images": 100},
+        buffer_bytes=lambda c, tasks: 2 * 4 * c["body"],
+    ),
+    "synaptic_intelligence": Spec(
+        synaptic_intelligence,
+        False,
+        lambda b, c, k: c["body"] + heads(c, k),
+        buffer_bytes=lambda c, tasks: 4 * c["body"],
+    ),
+    "lwf": Spec(lwf, False, lambda b, c, k: c["body"] + heads(c, k)),
+    "replay": Spec(
+        replay, False, lambda b, c, k: c["body"] + heads(c, k), buffer_bytes=remembered_bytes(500)
+    ),
+    "agem": Spec(
+        agem,
+        False,
+        lambda b, c, k: c["body"] + heads(c, k),
+        {"memory": 50, "reference_rows": 20},
+        buffer_bytes=remembered_bytes(50),
+    ),
+    "gem": Spec(
+        gem,
+        False,
+        lambda b, c, k: c["body"] + heads(c, k),
+        {"memory": 50},
+        buffer_bytes=remembered_bytes(50),
+    ),
 }
 VARIANTS: dict[str, Spec] = {
+    "ewc-online": Spec(
+        ewc,
+        False,
+        lambda b, c, k: c["body"] + heads(c, k),
+        {"fisher_images": 100, "fisher_decay": 0.9},
+        buffer_bytes=lambda c, tasks: 4 * c["body"],
+    ),
     "batch_ensemble-per_member": Spec(
         batch_ensemble_lifelong,
         True,
@@ -365,6 +424,39 @@ def test_same_seed_same_result_another_seed_another(spec, benchmark):
     assert not torch.equal(states[0], states[2])
 
 
+def test_tight_epochs_and_callbacks_train_the_same_to_the_bit(spec, benchmark):
+    # a body with BatchNorm; gradients are clipped and images augmented, as methods may do both by themselves
+    fit = Fit(epochs=2, batch_size=32, momentum=0.9, weight_decay=5e-3, clip_norm=1.0, augment="flip")
+    states = []
+    for plugins in ([], [LooksAtSteps()]):
+        strategy = spec.build(conv_net(), fit=fit, plugins=plugins, **(spec.options or {}))
+        train(strategy, benchmark, range(2))
+        states.append(strategy.network.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (ewc, {"ewc_lambda": 0.0}),
+        (synaptic_intelligence, {"si_lambda": 0.0}),
+        (lwf, {"lwf_lambda": 0.0}),
+        (replay, {"memory": 0}),
+        (agem, {"memory": 0}),
+        (gem, {"memory": 0}),
+    ],
+)
+def test_without_its_strength_it_is_finetune_to_the_bit(build, options, benchmark):
+    fit = Fit(epochs=2, batch_size=32, momentum=0.9, weight_decay=5e-3, clip_norm=1.0)
+    plain, without = (
+        builder(conv_net(), fit=fit, **more) for builder, more in ((finetune, {}), (build, options))
+    )
+    for strategy in (plain, without):
+        train(strategy, benchmark, range(TASKS))
+    found = without.network.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in plain.network.state_dict().items())
+
+
 def test_caller_s_generator_is_left_alone(spec, benchmark):
     strategy = make(spec, spec.bodies[0])
     torch.manual_seed(11)
@@ -399,6 +491,7 @@ def test_cost_equals_closed_form(spec, body, benchmark):
     assert sum(size.parameters for size in found.values()) == expected
     if spec.mask_bytes is not None:
         assert found["mask"].bytes == spec.mask_bytes(body, TASKS)
+    assert found.get("buffer", Size()).bytes == spec.buffer_bytes(COUNTS[body], TASKS)
 
 
 def test_frozen_parameters_are_not_in_the_optimizer(spec, body, benchmark):
