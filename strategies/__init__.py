@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from strategies.baselines import finetune, independent, joint
     from strategies.batch_ensemble import batch_ensemble_lifelong
     from strategies.distillation import lwf
+    from strategies.expandable import den
     from strategies.gradient_memory import agem, gem
     from strategies.model import TaskModel
     from strategies.norm_tuning import bn_tuned
@@ -42,6 +43,7 @@ BUILDERS: dict[str, str] = {
     "replay": "strategies.rehearsal:replay",
     "agem": "strategies.gradient_memory:agem",
     "gem": "strategies.gradient_memory:gem",
+    "den": "strategies.expandable:den",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "agem",
     "batch_ensemble_lifelong",
     "bn_tuned",
+    "den",
     "ewc",
     "finetune",
     "gem",

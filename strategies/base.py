@@ -50,6 +50,8 @@ class Strategy(SupervisedTemplate):
         meter: What training has cost so far.
         on_step: Called after every training step.
         on_phase: Called with a few words, such as ``trial 3/20``, when a part of a task's training begins.
+        extra_rows: How many rows a step passes forward and backward beside its mini-batch, for the meter.
+        epoch_loss: Mean training loss of the last epoch.
 
     Args:
         network: What is trained.
@@ -62,10 +64,6 @@ class Strategy(SupervisedTemplate):
         joint: Train all experiences that are given to ``train`` together.
         plugins: Avalanche plugins.
         evaluator: Avalanche's metrics and loggers; None, the fast choice, for none.
-
-    Attributes:
-        meter: What the training costs.
-        extra_rows: How many rows a step passes forward and backward beside its mini-batch, for the meter.
     """
 
     def __init__(
@@ -104,6 +102,7 @@ class Strategy(SupervisedTemplate):
         self.on_step: Callable[[], object] | None = None
         self.on_phase: Callable[[str], object] | None = None
         self.extra_rows = 0
+        self.epoch_loss = math.nan
         self._losses: list[Tensor] = []
         self._task_label: int | None = None
         self._compiled: Callable[..., Tensor] | None = None
@@ -170,7 +169,7 @@ class Strategy(SupervisedTemplate):
                 if self._iteration_plugins() or not isinstance(loader, BatchLoader):
                     self._epoch_with_callbacks(batches, **kwargs)
                 else:
-                    run_epoch(batches, self._loss_of, self.optimisation)
+                    self.epoch_loss = run_epoch(batches, self._loss_of, self.optimisation)
         except NonFiniteLossError as error:
             task, epoch = self.network.num_tasks, self.clock.train_exp_epochs + 1
             raise NonFiniteLossError(f"{error}, epoch {epoch}, task {task}") from error
@@ -182,7 +181,7 @@ class Strategy(SupervisedTemplate):
             super().training_epoch(**kwargs)
         finally:
             self.dataloader = loader
-        mean_loss(self._losses)
+        self.epoch_loss = mean_loss(self._losses)
 
     def forward(self) -> Tensor:
         """Logits of the mini-batch, averaged over members where the task holds several."""

@@ -60,6 +60,7 @@ class Replay(RehearsalStrategy):
         super().fit_task(validation)
 
     def counted(self, batches: Any) -> Generator[Batch, None, None]:
+        """See ``Strategy.counted``; with rows of earlier tasks among those of each batch."""
         if len(self.past):
             self._task_label = None
             batches = self._mixed(batches)

@@ -127,6 +127,15 @@ class GrowingLayer(nn.Module):
                 weight = weight[:, columns.repeat_interleave(self.positions)]
             self._set_new(weight[rows], None if bias is None else bias[rows])
 
+    def assign(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Give the newest task other tensors, at least as large as the layer's own; earlier tasks use their slice."""
+        with torch.no_grad():
+            rows, columns = self.layer.weight.shape[:2]
+            self.layer.weight.copy_(weight[:rows, :columns])
+            if bias is not None:
+                self.layer.bias.copy_(bias[:rows])
+            self._set_new(weight, bias)
+
     def discard(self) -> None:
         """Forget what the newest task added."""
         self.new_rows = self.new_columns = self.new_bias = None

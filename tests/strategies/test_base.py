@@ -49,20 +49,23 @@ class EpochsOnly(SupervisedPlugin):
 
 @pytest.mark.parametrize("options", [{}, {"members_per_task": 2}])
 def test_tight_epoch_and_callbacks_train_the_same_to_the_bit(benchmark, options):
-    states = []
+    states, losses = [], []
     for plugins in ([], [EpochsOnly()], [Counting()]):
         strategy = batch_ensemble_lifelong(body(), fit=FIT, plugins=plugins, **options)
         for experience in benchmark.train_stream:
             strategy.train(experience)
         states.append(strategy.network.state_dict())
+        losses.append(strategy.epoch_loss)
     for other in states[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in states[0].items())
+    assert losses[0] == losses[1] == losses[2] > 0
 
 
 def test_iteration_callbacks_are_called_for_every_step(benchmark):
     plugin = Counting()
     strategy = finetune(body(), fit=FIT, plugins=[plugin])
     strategy.train(benchmark.train_stream[0])
+    assert plugin.calls == strategy.steps_for(len(benchmark.train_stream[0].dataset))
     assert plugin.calls == 2 * -(-len(benchmark.train_stream[0].dataset) // 32)
 
 

@@ -23,7 +23,12 @@ NETWORKS = {"lenet5": lenet5, "resnet18": functools.partial(resnet18, width=20),
 # what each has none of
 UNFIT = {("bn_tuned", "lenet5"), ("bn_tuned", "vgg11_half")}
 # less of what costs time
-OPTIONS: dict[str, dict[str, Any]] = {"structured_ensemble": {"mask_epochs": 1}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "structured_ensemble": {"mask_epochs": 1},
+    "rcl": {"trials": 2},
+    "ewc": {"fisher_images": 20},
+    "gem": {"memory": 20},
+}
 FIT = Fit(epochs=1, batch_size=16, learning_rate=0.01, momentum=0.9, weight_decay=1e-3)
 
 
