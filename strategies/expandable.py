@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from lifelong_ens.errors import InputError
 from lifelong_ens.networks.expandable import DenNetwork, Tensors
 from lifelong_ens.training.fit import Fit
-from lifelong_ens.training.proximal import pull, shrink, shrink_groups, step_size
+from lifelong_ens.training.proximal import shrink, shrink_groups, step_size
 from strategies.base import Strategy
-
-# called with the step size after every step of the optimizer
-Correction = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -143,10 +140,10 @@ def den(  # noqa: PLR0913
 class Den(Strategy):
     """Every task after the first: select, retrain, expand, split, each with an optimizer and a schedule of its own.
 
-    Source: Yoon et al. 2018, equations 2 to 6; the authors' TensorFlow code, jaehong31/DEN. All penalties are taken by
-    proximal steps after each step of the optimizer (``lifelong_ens.training.proximal``), their weight times the
-    step size, lr / (1 - momentum) for SGD: their balance with the loss is the same at any learning rate. l2 is the
-    common weight decay. On filters l1 is the (2,1) norm: the sum over filters of their l2 norms.
+    Source: Yoon et al. 2018, equations 2 to 6; the authors' TensorFlow code, jaehong31/DEN. l1 and group lasso are
+    proximal steps after each step of the optimizer (``lifelong_ens.training.proximal``), by their weight times the
+    step size, lr / (1 - momentum) for SGD: their balance with the loss is the same at any learning rate. The drift
+    penalty goes by its gradient; l2 is the common weight decay. On filters l1 is the (2,1) norm, their norms' sum.
 
     * First task, Eq. 2: everything, with l1.
     * Selection, Eq. 3: the new head alone, with l1, for a tenth of the epochs (the code means a tenth, and does one
@@ -223,8 +220,7 @@ class Den(Strategy):
         network.train_old(True)
         columns = network.head_columns(selected)
         held = _Held([*network.sub_network(selected), (network.head.weight, columns)])
-        pulled = [self._pull(before)] if self.method.penalise_retraining else []
-        self._phase(self.fit.epochs, validation, *pulled, held)
+        self._phase(self.fit.epochs, validation, held, before if self.method.penalise_retraining else None)
         network.train_old(False)
 
     def _expand(self, validation: Sequence[CLExperience]) -> None:
@@ -247,19 +243,38 @@ class Den(Strategy):
         network.split(before, units)
         network.train_old(True)
         kept = [old.index_fill(0, split, False) for old, split in zip(selected, units, strict=True)]
-        self._phase(self.growth_epochs, validation, self._pull(before), _Held(network.sub_network(kept)))
+        self._phase(self.growth_epochs, validation, _Held(network.sub_network(kept)), before)
 
-    def _phase(self, epochs: int, validation: Sequence[CLExperience], *corrections: Correction) -> None:
-        """Train what is trainable now; each correction is called with the step size after every step."""
+    def _phase(
+        self,
+        epochs: int,
+        validation: Sequence[CLExperience],
+        after_step: Callable[[float], None],
+        pulled_to: Sequence[Tensors] | None = None,
+    ) -> None:
+        """Train what is trainable now.
+
+        Args:
+            epochs: How long.
+            validation: Held-out experiences.
+            after_step: Called with the step size after every step.
+            pulled_to: Where Eq. 6 pulls the weights that earlier tasks left.
+        """
         self.start_phase(epochs)
-
-        def correct(optimizer: torch.optim.Optimizer, *_: object) -> None:
-            size = step_size(optimizer)
-            for correction in corrections:
-                correction(size)
-
-        self.optimizer.register_step_post_hook(correct)
+        if pulled_to is not None:
+            pairs = self._with_old(pulled_to)
+            self.optimizer.register_step_pre_hook(lambda *_: _pull(pairs, self.method.drift_penalty))
+        self.optimizer.register_step_post_hook(lambda optimizer, *_: after_step(step_size(optimizer)))
         self.run_epochs(epochs, validation)
+
+    def _with_old(self, before: Sequence[Tensors]) -> list[tuple[nn.Parameter, Tensor]]:
+        """The weights and biases that earlier tasks left, each with what it was."""
+        pairs = []
+        for layer, (weight, bias) in zip(self.network.layers(), before, strict=True):
+            pairs.append((layer.layer.weight, weight))
+            if bias is not None:
+                pairs.append((layer.layer.bias, bias))
+        return pairs
 
     def _threshold(self, penalty: float, size: float) -> float:
         return penalty if self.method.per_step else penalty * size
@@ -287,19 +302,13 @@ class Den(Strategy):
             else:
                 shrink_groups([weight], threshold)
 
-    def _pull(self, before: Sequence[Tensors]) -> Correction:
-        """Eq. 6's penalty on the weights that earlier tasks left."""
-        pairs = []
-        for layer, (weight, bias) in zip(self.network.layers(), before, strict=True):
-            pairs.append((layer.layer.weight, weight))
-            if bias is not None:
-                pairs.append((layer.layer.bias, bias))
 
-        def correct(size: float) -> None:
-            for parameter, target in pairs:
-                pull(parameter, target, self.method.drift_penalty * size)
-
-        return correct
+@torch.no_grad()
+def _pull(pairs: Sequence[tuple[nn.Parameter, Tensor]], strength: float) -> None:
+    """Add the gradient of ``strength * ||w - before||_2^2``."""
+    for parameter, before in pairs:
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - before, alpha=2 * strength)
 
 
 class _Held:

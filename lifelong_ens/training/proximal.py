@@ -1,7 +1,7 @@
-"""Proximal steps: what a penalty does to weights after a step on the loss alone; all work in place.
+"""Proximal steps: what a penalty that makes zeros does to weights after a step on the loss alone; all work in place.
 
-``prox(x) = argmin_w 1/2 ||w - x||^2 + rate * penalty(w)``. Unlike the gradient of a penalty, l1 and group lasso leave
-exact zeros, and no rate is too large.
+``prox(x) = argmin_w 1/2 ||w - x||^2 + rate * penalty(w)``. Unlike a step along the gradient of l1 or of group
+lasso it leaves exact zeros.
 """
 
 from __future__ import annotations
@@ -41,9 +41,3 @@ def shrink_groups(parts: Sequence[Tensor], threshold: float) -> None:
     factor = (1 - threshold / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(min=0)
     for part in parts:
         part.mul_(factor.view(-1, *[1] * (part.dim() - 1)))
-
-
-@torch.no_grad()
-def pull(weights: Tensor, towards: Tensor, strength: float) -> None:
-    """Of ``strength * ||w - towards||_2^2``: ``(w + 2 strength towards) / (1 + 2 strength)``."""
-    weights.lerp_(towards, 2 * strength / (1 + 2 * strength))

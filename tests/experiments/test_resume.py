@@ -74,10 +74,10 @@ def test_killed_at_five_random_moments_equals_uninterrupted_to_the_bit(strategy,
 
 
 def test_goes_on_after_the_last_finished_task(tmp_path, caplog, monkeypatch):
-    from strategies.base import Strategy
+    from strategies.batch_ensemble import BatchEnsemble
 
     trained: list[int] = []
-    original = Strategy.fit_task
+    original = BatchEnsemble.fit_task
 
     def stop_at_third(self, validation):
         trained.append(self.network.num_tasks)
@@ -85,7 +85,7 @@ def test_goes_on_after_the_last_finished_task(tmp_path, caplog, monkeypatch):
             raise KeyboardInterrupt
         original(self, validation)
 
-    monkeypatch.setattr(Strategy, "fit_task", stop_at_third)
+    monkeypatch.setattr(BatchEnsemble, "fit_task", stop_at_third)
     arguments = ["compare", *COMMON, "batch_ensemble", "--out", str(tmp_path)]
     assert main(arguments) == 130
     with caplog.at_level(logging.INFO):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lifelong_ens.training.proximal import pull, shrink, shrink_groups, step_size
+from lifelong_ens.training.proximal import shrink, shrink_groups, step_size
 
 
 def minimum(x: torch.Tensor, penalty) -> torch.Tensor:
@@ -47,16 +47,6 @@ def test_filters_are_groups_of_any_shape():
     shrink_groups([filters], 0.5)
     assert filters[0].norm() == pytest.approx(12**0.5 - 0.5)
     assert not filters[1].any()
-
-
-def test_pull_is_the_proximal_step_of_the_squared_distance():
-    x, target = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 1.0])
-    found = x.clone()
-    pull(found, target, 0.25)
-    torch.testing.assert_close(found, (x + 0.5 * target) / 1.5)
-    torch.testing.assert_close(
-        found, minimum(x, lambda w: 0.25 * (w - target).square().sum()), atol=1e-4, rtol=0
-    )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
