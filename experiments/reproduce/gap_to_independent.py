@@ -5,6 +5,11 @@ from __future__ import annotations
 from experiments.reproduce.declaration import Quick, Reproduction, Row
 from experiments.reproduce.shared import CIFAR100, SMALL_FIT
 
+FAST = {"fast_learning_rate": 0.05}
+ADDED = {"init": "ones", "additive": 1, "fast_learning_rate": 0.02}
+LONG_FIRST = {"init": "ones", "rank": 2, "first_epochs": 30, **FAST}
+MEMBERS = {"init": "gaussian", "members_per_task": 4, "fast_learning_rate": 0.01}
+
 REPRODUCTION = Reproduction(
     name="gap_to_independent",
     summary="what each variation of BatchEnsemble buys of the gap to a network per task, and what it costs",
@@ -18,16 +23,16 @@ REPRODUCTION = Reproduction(
         Row("vanilla", "finetune"),
         Row("independent", "independent"),
         Row("random signs", "batch_ensemble"),
-        Row("ones", "batch_ensemble", {"init": "ones"}),
         Row("N(1, 0.5^2)", "batch_ensemble", {"init": "gaussian"}),
-        Row("previous task's", "batch_ensemble", {"init": "previous"}),
-        Row("ones, shared bias", "batch_ensemble", {"init": "ones", "bias": "shared"}),
-        Row("ones, first task shared", "batch_ensemble", {"init": "ones", "first_task": "shared"}),
-        Row("ones, fast weights at 0.001", "batch_ensemble", {"init": "ones", "fast_learning_rate": 0.001}),
-        Row("ones, fast weights at 0.01", "batch_ensemble", {"init": "ones", "fast_learning_rate": 0.01}),
-        Row("ones, fast weights at 0.03", "batch_ensemble", {"init": "ones", "fast_learning_rate": 0.03}),
-        Row("N(1, 0.5^2), 2 members", "batch_ensemble", {"init": "gaussian", "members_per_task": 2}),
-        Row("N(1, 0.5^2), 4 members", "batch_ensemble", {"init": "gaussian", "members_per_task": 4}),
+        Row("ones", "batch_ensemble", {"init": "ones"}),
+        Row("ones, fast rate 0.05", "batch_ensemble", {"init": "ones", **FAST}),
+        Row("previous, fast rate 0.05", "batch_ensemble", {"init": "previous", **FAST}),
+        Row("fittest, fast rate 0.05", "batch_ensemble", {"init": "fittest", **FAST}),
+        Row("ones, rank 2, fast rate 0.05", "batch_ensemble", {"init": "ones", "rank": 2, **FAST}),
+        Row("ones, rank 4, fast rate 0.05", "batch_ensemble", {"init": "ones", "rank": 4, **FAST}),
+        Row("ones, 1 added pair, fast rate 0.02", "batch_ensemble", ADDED),
+        Row("ones, rank 2, fast rate 0.05, first task 30 epochs", "batch_ensemble", LONG_FIRST),
+        Row("N(1, 0.5^2), 4 members, fast rate 0.01", "batch_ensemble", MEMBERS),
     ),
     reference="random signs",
     quick=Quick(fit={"epochs": 2}),

@@ -16,7 +16,6 @@ SMALL_FIT = {
     "optimizer": "adam",
     "learning_rate": 0.003,
     "weight_decay": 0.0,
-    "schedule": "constant",
     "augment": "flip",
 }
 # ResNet-18 with BatchNorm, a few thousand images a task
@@ -33,5 +32,13 @@ ALL_STRATEGIES = (
     Row("packnet", "packnet"),
     Row("supsup", "supsup"),
     Row("structured_ensemble", "structured_ensemble"),
+    Row("den", "den"),
+    Row("rcl", "rcl", {"trials": 5}),
     Row("pnn", "pnn"),
+    Row("ewc", "ewc"),
+    Row("synaptic_intelligence", "synaptic_intelligence"),
+    Row("lwf", "lwf"),
+    Row("replay", "replay"),
+    Row("agem", "agem"),
+    Row("gem", "gem"),
 )
