@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lifelong_ens.errors import UnfitNetworkError
 from lifelong_ens.layers.growing import GrowingLayer, GrowingNorm, Stamps
 from lifelong_ens.layers.structured import fill_layer
 from lifelong_ens.networks.channels import Channels, trace_channels
@@ -152,6 +153,11 @@ class GrowingNetwork(TaskNetwork):
         written = {name: index for index, group in enumerate(self.groups) for name in group.writers}
         read = {name: index for index, group in enumerate(self.groups) for name in group.readers}
         norms = {name: index for index, group in enumerate(self.groups) for name in group.norms}
+        for name in read.keys() - written.keys():
+            raise UnfitNetworkError(
+                f"{name} is added to the network's own input, so that it cannot be widened; "
+                "put a layer before the first sum."
+            )
         for name, module in list(body.named_modules()):
             if name in written:
                 reads = read.get(name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lifelong_ens.convert import replace_modules
-from lifelong_ens.errors import InputError
+from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.norm import MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.structured import UNIT_LAYERS, StructuredBatchNorm, StructuredLayer, Units
 from lifelong_ens.networks.channels import BATCH_NORMS, Channels, trace_channels
@@ -58,8 +58,8 @@ class StructuredNetwork(TaskNetwork):
             are as many. Earlier tasks go on computing with the units of their time. 0 for a network of fixed width.
 
     Raises:
-        InputError: The body holds something learned that has no units, such as an embedding; or it is to grow and
-            its channels cannot be followed.
+        UnfitNetworkError: The body holds something learned that has no units, such as an embedding; or it is to grow
+            and its channels cannot be followed.
     """
 
     frozen_past = True
@@ -205,7 +205,7 @@ class StructuredNetwork(TaskNetwork):
         residual sum they stay, where its shift is.
 
         Raises:
-            InputError: The body's channels cannot be followed.
+            UnfitNetworkError: The body's channels cannot be followed.
         """
         if not 0 <= member < self.members_per_task:
             raise IndexError(f"member {member} does not exist; a task has 0 to {self.members_per_task - 1}.")
@@ -338,11 +338,11 @@ def _structured(body: nn.Module, units: Units, groups: Sequence[Channels]) -> nn
         if module._parameters or module._buffers:
             new[module] = _structured_module(name, module, units, groups, places.get(name, {}))
     if not any(isinstance(module, StructuredLayer) for module in new.values()):
-        raise InputError(
+        raise UnfitNetworkError(
             f"{type(body).__name__} has no linear or convolution layer whose units could be given."
         )
     if body in new:
-        raise InputError(f"a single {type(body).__name__} is no body; put it into an nn.Sequential.")
+        raise UnfitNetworkError(f"a single {type(body).__name__} is no body; put it into an nn.Sequential.")
     return replace_modules(body, new)
 
 
@@ -361,8 +361,8 @@ def _structured_module(
         if isinstance(module, nn.GroupNorm):
             return MemberGroupNorm(module, units.members_per_task, units)
     except ValueError as error:
-        raise InputError(f"{name}: {error}") from error
-    raise InputError(
+        raise UnfitNetworkError(f"{name}: {error}") from error
+    raise UnfitNetworkError(
         f"structured_ensemble gives out units of linear and convolution layers; {name} is a {kind.__name__}, "
         "which every task would change."
     )

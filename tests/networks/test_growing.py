@@ -5,6 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
+from lifelong_ens.errors import UnfitNetworkError
 from lifelong_ens.networks.growing import GrowingNetwork
 from lifelong_ens.networks.plain import lenet5, mlp, resnet18, vgg11_half, without_classifier
 
@@ -171,3 +172,19 @@ def test_weights_equal_the_closed_form():
     heads = 3 * ((4 + 1) + (5 + 1) + (7 + 1))
     assert sum(parameter.numel() for parameter in network.parameters()) == body + heads
     assert network.added(2) == [4, 2]
+
+
+class OnItsInput(nn.Module):
+    num_features = 4
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return x + self.second(torch.relu(self.first(x)))
+
+
+def test_a_layer_that_is_added_to_the_input_is_named():
+    with pytest.raises(UnfitNetworkError, match="second is added to the network's own input"):
+        GrowingNetwork(OnItsInput())

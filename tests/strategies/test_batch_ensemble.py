@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from lifelong_ens.errors import InputError
 from lifelong_ens.layers.bank import banks
+from lifelong_ens.layers.rank1 import Rank1Linear
 from lifelong_ens.networks.plain import mlp
 from lifelong_ens.training.fit import Fit
 from strategies import batch_ensemble_lifelong
@@ -105,3 +106,17 @@ def test_a_longer_first_task_is_the_only_one_that_is_longer() -> None:
         last = strategy.optimizer.param_groups[0]["lr"]
         assert last == pytest.approx(0, abs=1e-9)  # the schedule ends with the last epoch
     assert epochs == [5, 2, 2]
+
+
+def test_options_win_over_the_preset() -> None:
+    strategy = batch_ensemble_lifelong(mlp(), preset="accurate", init="gaussian")
+    assert strategy.network.init == "gaussian"
+    assert strategy.overrides["fast_weights"]["lr"] == 0.05
+    assert (
+        next(layer for layer in strategy.network.modules() if isinstance(layer, Rank1Linear)).more is not None
+    )
+    paper = batch_ensemble_lifelong(mlp())
+    assert paper.network.init == "random_sign"
+    assert "lr" not in paper.overrides["fast_weights"]
+    with pytest.raises(InputError, match="preset is paper or accurate"):
+        batch_ensemble_lifelong(mlp(), preset="best")  # pyright: ignore
