@@ -179,7 +179,7 @@ class OnItsInput(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.first, self.second = nn.Conv2d(4, 6, 1), nn.Conv2d(6, 4, 1)
 
     def forward(self, x):
         return x + self.second(torch.relu(self.first(x)))
