@@ -263,7 +263,7 @@ def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         if name in (None, plural):
             print(f"{plural}:")
             for one, target in catalogue.KINDS[kind].items():
-                print(f"  {one:20} {catalogue.describe(target).summary}")
+                print(f"  {one:22} {catalogue.describe(target).summary}")
 
 
 def _reproduce(parsed: argparse.Namespace, rest: Sequence[str]) -> None:

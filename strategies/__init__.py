@@ -36,6 +36,7 @@ BUILDERS: dict[str, str] = {
     "bn_tuned": "strategies.norm_tuning:bn_tuned",
     "packnet": "strategies.packing:packnet",
     "supsup": "strategies.supermasks:supsup",
+    "den": "strategies.expandable:den",
     "rcl": "strategies.reinforced:rcl",
     "ewc": "strategies.regularisation:ewc",
     "synaptic_intelligence": "strategies.regularisation:synaptic_intelligence",
@@ -43,7 +44,6 @@ BUILDERS: dict[str, str] = {
     "replay": "strategies.rehearsal:replay",
     "agem": "strategies.gradient_memory:agem",
     "gem": "strategies.gradient_memory:gem",
-    "den": "strategies.expandable:den",
 }
 
 __all__ = [
