@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # tasks cannot tell what later ones need.
 DEFAULT_SEARCH: dict[str, str] = {
     "learning_rate": "log:0.0003:0.3",
-    "batch_ensemble.init": "random_sign,gaussian,ones",
+    "batch_ensemble.init": "null,gaussian,ones",
     "batch_ensemble.fast_learning_rate": "null,0.003,0.03,0.3",
     "supsup.score_learning_rate": "null,0.003,0.03,0.3",
     "structured_ensemble.mask_learning_rate": "log:0.0001:0.1",
