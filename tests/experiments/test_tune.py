@@ -178,7 +178,7 @@ def test_goes_on_to_the_number_of_trials_and_ends_where_one_run_does(tmp_path):
     key = ["strategy", "trial"]
     # to the bit, the seconds too: they were not repeated
     again = both[both["trial"] < 2].sort_values(key).reset_index(drop=True)
-    pd.testing.assert_frame_equal(again, first.sort_values(key).reset_index(drop=True), check_dtype=False)
+    pd.testing.assert_frame_equal(again, first.sort_values(key).reset_index(drop=True))
     assert tune(tmp_path / "whole", "--trials", 4) == 0
     pd.testing.assert_frame_equal(trials(tmp_path / "whole"), trials(tmp_path / "parts"), check_dtype=False)
     before = (tmp_path / "parts/study.journal").read_text().count('"state"')
