@@ -31,6 +31,7 @@ REPRODUCTION = Reproduction(
         Row("ones, rank 2, fast rate 0.05", "batch_ensemble", {"init": "ones", "rank": 2, **FAST}),
         Row("ones, rank 4, fast rate 0.05", "batch_ensemble", {"init": "ones", "rank": 4, **FAST}),
         Row("ones, 1 added pair, fast rate 0.02", "batch_ensemble", ADDED),
+        Row("the same with shared biases", "batch_ensemble", {"bias": "shared", **ADDED}),
         Row("ones, rank 2, fast rate 0.05, first task 30 epochs", "batch_ensemble", LONG_FIRST),
         Row("N(1, 0.5^2), 4 members, fast rate 0.01", "batch_ensemble", MEMBERS),
     ),
