@@ -11,12 +11,12 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
 from lifelong_ens.errors import InputError
+from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.networks.plain import without_classifier
 from lifelong_ens.networks.task import Columns, TaskNetwork, by_task
 from lifelong_ens.training.fit import Fit
 from strategies.base import Strategy
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Kind = Literal["linear", "adapter"]
 
 
@@ -126,7 +126,7 @@ class ProgressiveNetwork(TaskNetwork):
 
 
 def _layers(column: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, module) for name, module in column.named_modules() if isinstance(module, LAYERS))
+    return ((name, module) for name, module in column.named_modules() if isinstance(module, UNIT_LAYERS))
 
 
 class ReadingLayer(nn.Module):

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from lifelong_ens.convert import BATCH_NORMS
 from lifelong_ens.errors import UnfitNetworkError
+from lifelong_ens.layers.structured import UNIT_LAYERS
 
-UNIT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # what treats every channel alike, leaves a zero channel zero and every channel in its place
 CHANNELWISE = (
     nn.Identity,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lifelong_ens.convert import replace_modules
 from lifelong_ens.errors import UnfitNetworkError
 from lifelong_ens.layers.growing import GrowingLayer, GrowingNorm, Stamps
 from lifelong_ens.layers.structured import fill_layer
@@ -121,13 +122,14 @@ class GrowingNetwork(TaskNetwork):
     def export_task(self, task: int) -> nn.Module:
         """One task as a plain network of its own width with its head on top; equal to the bit."""
         body: Any = copy.deepcopy(self.template[0])
-        modules = dict(body.named_modules())
+        modules, norms = dict(body.named_modules()), {}
         for name, module in self.body.named_modules():
             if isinstance(module, GrowingLayer):
                 weight, bias = module.task_tensors(task)
                 fill_layer(modules[name], weight, bias)
             elif isinstance(module, GrowingNorm):
-                _replace(body, name, copy.deepcopy(module[task]))
+                norms[modules[name]] = copy.deepcopy(module[task])
+        body = replace_modules(body, norms)
         body.num_features = self.heads[task].in_features
         return nn.Sequential(body, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
 
@@ -158,14 +160,15 @@ class GrowingNetwork(TaskNetwork):
                 f"{name} is added to the network's own input, so that it cannot be widened; "
                 "put a layer before the first sum."
             )
-        for name, module in list(body.named_modules()):
+        new: dict[nn.Module, nn.Module] = {}
+        for name, module in body.named_modules():
             if name in written:
                 reads = read.get(name)
                 width = 1 if reads is None else self.groups[reads].size
-                _replace(body, name, GrowingLayer(module, self.stamps, written[name], reads, width))
+                new[module] = GrowingLayer(module, self.stamps, written[name], reads, width)
             elif name in norms:
-                _replace(body, name, GrowingNorm(module, self.stamps, norms[name]))
-        return body
+                new[module] = GrowingNorm(module, self.stamps, norms[name])
+        return replace_modules(body, new)
 
     def _num_features(self) -> int:
         index = next((i for i, group in enumerate(self.groups) if group.features), None)
@@ -199,8 +202,3 @@ def take_shapes(network: nn.Module, state_dict: Mapping[str, Tensor], prefix: st
         saved = state_dict.get(prefix + name)
         if saved is not None and saved.dim() == tensor.dim():
             tensor.data = tensor.data.new_empty(saved.shape)
-
-
-def _replace(body: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(body.get_submodule(parent), child, module)

@@ -22,13 +22,13 @@ from lifelong_ens.convert import (
 from lifelong_ens.errors import UnfitNetworkError
 from lifelong_ens.layers.bank import Bank, Selection, banks
 from lifelong_ens.layers.masked import MaskedLayer
+from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.networks.task import TaskNetwork, by_task
 
 log = logging.getLogger(__name__)
 
 # what has statistics or affine numbers that a task can have of its own
 NORM_TYPES = (*BATCH_NORMS, *AFFINE_NORMS)
-MASKABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def member_norms(body: nn.Module, norm: str) -> tuple[nn.Module, Selection, bool]:
@@ -52,7 +52,7 @@ def mask_layers(body: nn.Module, make: Callable[[nn.Module], MaskedLayer]) -> nn
     Raises:
         UnfitNetworkError: There is no such layer, or two share a weight, so that two masks would fight over it.
     """
-    targets = [one for one in body.modules() if type(one) in MASKABLE and "weight" in one._parameters]
+    targets = [one for one in body.modules() if type(one) in UNIT_LAYERS and "weight" in one._parameters]
     if not targets:
         raise UnfitNetworkError(
             f"{type(body).__name__} has no linear or convolution layer whose weights could be masked."

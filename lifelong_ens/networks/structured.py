@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifelong_ens.convert import replace_modules
+from lifelong_ens.convert import BATCH_NORMS, replace_modules
 from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.norm import MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.structured import UNIT_LAYERS, StructuredBatchNorm, StructuredLayer, Units
-from lifelong_ens.networks.channels import BATCH_NORMS, Channels, trace_channels
+from lifelong_ens.networks.channels import Channels, trace_channels
 from lifelong_ens.networks.cutting import keep_channels, positions
 from lifelong_ens.networks.growing import take_shapes
 from lifelong_ens.networks.plain import without_classifier
