@@ -171,13 +171,14 @@ def test_nothing_of_a_benchmark_without_test_leads_to_test_data():
 
 def test_goes_on_to_the_number_of_trials_and_ends_where_one_run_does(tmp_path):
     assert tune(tmp_path / "parts", "--trials", 2) == 0
-    first = pd.read_csv(tmp_path / "parts/trials.csv")
+    # as text, for a column that is empty after two trials may hold names after four
+    first = pd.read_csv(tmp_path / "parts/trials.csv", dtype=str)
     assert tune(tmp_path / "parts", "--trials", 4) == 0
-    both = pd.read_csv(tmp_path / "parts/trials.csv")
+    both = pd.read_csv(tmp_path / "parts/trials.csv", dtype=str)
     assert len(both) == 8
     key = ["strategy", "trial"]
     # to the bit, the seconds too: they were not repeated
-    again = both[both["trial"] < 2].sort_values(key).reset_index(drop=True)
+    again = both[both["trial"].astype(int) < 2].sort_values(key).reset_index(drop=True)
     pd.testing.assert_frame_equal(again, first.sort_values(key).reset_index(drop=True))
     assert tune(tmp_path / "whole", "--trials", 4) == 0
     pd.testing.assert_frame_equal(trials(tmp_path / "whole"), trials(tmp_path / "parts"), check_dtype=False)
