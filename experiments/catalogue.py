@@ -9,11 +9,12 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lifelong_ens.ensembles
 import lifelong_ens.networks
 import strategies
 import streams
@@ -23,9 +24,12 @@ KINDS: dict[str, dict[str, str]] = {
     "stream": {name: target for name, target in streams.BUILDERS.items() if name != "from_arrays"},
     "strategy": strategies.BUILDERS,
     "network": lifelong_ens.networks.BUILDERS,
+    "method": lifelong_ens.ensembles.METHODS,
 }
 # arguments that the run itself fills in
-FILLED = {"body", "fit", "seed", "device", "plugins", "num_classes", "input_shape"}
+FILLED = frozenset({"body", "fit", "seed", "device", "plugins", "num_classes", "input_shape"})
+# those of a function that makes an ensemble; to a stream, ``validation`` is an option
+FILLED_METHOD = FILLED | {"build_network", "train", "validation", "num_members", "progress"}
 FIT = "lifelong_ens.training.fit:Fit"
 
 
@@ -51,7 +55,7 @@ def target_of(kind: str, name: str) -> str:
     """Where a named builder is, ``package.module:function``.
 
     Args:
-        kind: ``stream``, ``strategy`` or ``network``.
+        kind: ``stream``, ``strategy``, ``network`` or ``method``.
         name: A name of ours, or ``package.module:function`` for anybody's own.
 
     Raises:
@@ -91,6 +95,11 @@ def load(target: str) -> Callable[..., Any]:
         raise InputError(f"{module_name} has no {attribute!r}; {nearest(attribute, names)}") from error
 
 
+def filled(arguments: Collection[str]) -> frozenset[str]:
+    """Those of a function's arguments that the run itself fills in."""
+    return FILLED_METHOD if "build_network" in arguments else FILLED
+
+
 @functools.cache
 def describe(target: str) -> Entry:
     """Summary and options of one of our builders, or of ``Fit``, from its source."""
@@ -107,7 +116,7 @@ def describe(target: str) -> Entry:
             options = tuple(
                 Option(argument, kind, default, meanings.get(argument, ""))
                 for argument, kind, default in pairs
-                if argument not in FILLED
+                if argument not in filled([name for name, *_ in pairs])
             )
             return Entry(doc.partition("\n")[0], options)
     raise InputError(f"{module} has no {name!r}.")

@@ -12,7 +12,7 @@ from typing import Any
 
 import jsonargparse
 
-from experiments.catalogue import FILLED
+from experiments.catalogue import filled
 from lifelong_ens.errors import InputError, nearest
 from lifelong_ens.training.fit import Fit
 
@@ -36,9 +36,8 @@ class Owner:
     def own_types(self) -> dict[str, Any]:
         """The type of every argument that a user can set, of ``function`` alone."""
         hints, names = _hints(self.function), inspect.signature(self.function).parameters
-        return {
-            name: hints.get(name, Any) for name in names if name not in FILLED or name in self.only_dotted
-        }
+        given = filled(names)
+        return {name: hints.get(name, Any) for name in names if name not in given or name in self.only_dotted}
 
     def defaults(self) -> dict[str, Any]:
         """The defaults of ``function``'s arguments."""

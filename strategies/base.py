@@ -9,7 +9,6 @@ from contextlib import closing
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from avalanche.benchmarks import CLExperience
 from avalanche.core import SupervisedPlugin
 from avalanche.training.plugins import EvaluationPlugin
@@ -23,6 +22,7 @@ from lifelong_ens.errors import InputError, NonFiniteLossError
 from lifelong_ens.networks.task import TaskNetwork
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import EarlyStopping, Optimisation, mean_loss, run_epoch
+from lifelong_ens.training.losses import member_loss
 from strategies.evaluation import accuracy
 from strategies.loader import Batch, BatchLoader, together
 from strategies.model import TaskModel, task_indices
@@ -314,10 +314,3 @@ def silent_evaluator() -> EvaluationPlugin:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return EvaluationPlugin()
-
-
-def member_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of logits ``(batch, classes)``, or its mean over members, ``(members, batch, classes)``."""
-    if logits.dim() == 2:
-        return F.cross_entropy(logits.float(), labels)
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(len(logits)))

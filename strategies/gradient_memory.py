@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lifelong_ens.errors import InputError
 from lifelong_ens.training.fit import Fit
-from strategies.base import Strategy, member_loss
+from lifelong_ens.training.losses import member_loss
+from strategies.base import Strategy
 from strategies.memory import RehearsalNetwork, RehearsalStrategy
 
 

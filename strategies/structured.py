@@ -18,7 +18,8 @@ from lifelong_ens.errors import InputError
 from lifelong_ens.networks.structured import StructuredNetwork, choose
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import Optimisation
-from strategies.base import Strategy, member_loss
+from lifelong_ens.training.losses import member_loss
+from strategies.base import Strategy
 from strategies.loader import BatchLoader
 
 

@@ -19,3 +19,17 @@ def unpack(bits: Tensor, length: int) -> Tensor:
     """The first ``length`` booleans of packed bytes: ``(..., ceil(length / 8))`` to ``(..., length)``."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(-1) >> places) & 1).flatten(-2)[..., :length].bool()
+
+
+def pack_zeros(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor as the bits of where it is not zero, and its values there; exact, negative zeros included."""
+    flat = tensor.detach().flatten()
+    kept = (flat != 0) | flat.signbit()
+    return pack(kept), flat[kept]
+
+
+def unpack_zeros(bits: Tensor, values: Tensor, shape: torch.Size | list[int]) -> Tensor:
+    """What ``pack_zeros`` took apart, in its shape."""
+    flat = values.new_zeros(torch.Size(shape).numel())
+    flat[unpack(bits, len(flat))] = values
+    return flat.view(shape)

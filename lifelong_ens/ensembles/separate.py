@@ -1,0 +1,231 @@
+"""Ensembles of separate networks, whatever made them differ; and the single network, which is one of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lifelong_ens.accounting.meter import TrainingMeter
+from lifelong_ens.ensembles.ensemble import Ensemble, Spent, network_name
+from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
+from lifelong_ens.layers.structured import UNIT_LAYERS
+from lifelong_ens.training.data import ImageData
+from lifelong_ens.training.fit import Fit
+from lifelong_ens.training.loop import evaluating
+from lifelong_ens.training.seeding import derived_seed
+
+
+class SeparateNetworks(Ensemble):
+    """Networks that have nothing in common, run one after the other.
+
+    Weights that are zero, as masks leave them, are stored as bits and counted as nothing.
+
+    Args:
+        networks: The members.
+        method: What made them.
+        weights: Their shares of the mean probability; equal if not given.
+    """
+
+    kind = "separate"
+
+    def __init__(self, networks: Iterable[nn.Module], method: str, weights: Tensor | None = None) -> None:
+        networks = list(networks)
+        super().__init__(len(networks), method, weights)
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, ...)`` to ``(members, batch, classes)``."""
+        return torch.stack([network(x) for network in self.networks])
+
+    def plan(self) -> dict[str, Any]:
+        """How many networks."""
+        return {"num_members": self.num_members}
+
+    @classmethod
+    def rebuild(cls, plan: Mapping[str, Any], build_network: BuildNetwork) -> Self:
+        """As many networks as were saved."""
+        return cls((build_network() for _ in range(plan["num_members"])), "")
+
+    def _num_parameters(self) -> int:
+        masked = {id(layer.weight) for layer in self.modules() if isinstance(layer, UNIT_LAYERS)}
+        return sum(
+            int(torch.count_nonzero(parameter)) if id(parameter) in masked else parameter.numel()
+            for parameter in self.parameters()
+        )
+
+    def _zero_flops(self, x: Tensor) -> float:
+        return sum(flops * (1 - density) for flops, density in layer_flops(self, x))
+
+
+def layer_flops(network: nn.Module, x: Tensor) -> list[tuple[float, float]]:
+    """FLOPs of ``x`` through each linear and convolution layer, in the order they run, and the weight's density."""
+    found: list[tuple[float, float]] = []
+
+    def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        density = float(torch.count_nonzero(layer.weight)) / layer.weight.numel()
+        found.append((2.0 * output.numel() * layer.weight[0].numel(), density))
+
+    handles = [
+        module.register_forward_hook(note) for module in network.modules() if isinstance(module, UNIT_LAYERS)
+    ]
+    try:
+        with evaluating(network):
+            network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def fit_deep(
+    build_network: BuildNetwork,
+    train: ImageData,
+    validation: ImageData | None = None,
+    *,
+    num_members: int = 4,
+    fit: Fit | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Ensemble:
+    """A deep ensemble: networks that differ in initial weights and in the order of the data.
+
+    Source: Lakshminarayanan et al., NeurIPS 2017, without adversarial training.
+
+    Args:
+        build_network: Makes one untrained classifier.
+        train: Training images.
+        validation: For early stopping alone.
+        num_members: How many networks.
+        fit: How each is trained.
+        seed: Of the first network; the others have seeds that follow from it.
+        device: Where they are trained.
+        progress: Hears of every step.
+    """
+    return _separate(
+        "deep",
+        build_network,
+        train,
+        validation,
+        fit=fit or Fit(),
+        seeds=[derived_seed(seed, member) for member in range(num_members)],
+        device=device,
+        progress=progress,
+    )
+
+
+def fit_single(
+    build_network: BuildNetwork,
+    train: ImageData,
+    validation: ImageData | None = None,
+    *,
+    fit: Fit | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Ensemble:
+    """One network, the first of a deep ensemble of the same seed.
+
+    Args:
+        build_network: Makes one untrained classifier.
+        train: Training images.
+        validation: For early stopping alone.
+        fit: How it is trained.
+        seed: Of its initial weights and of the order of the data.
+        device: Where it is trained.
+        progress: Hears of every step.
+    """
+    return _separate(
+        "single",
+        build_network,
+        train,
+        validation,
+        fit=fit or Fit(),
+        seeds=[seed],
+        device=device,
+        progress=progress,
+    )
+
+
+def fit_single_equal_cost(
+    build_network: BuildNetwork,
+    train: ImageData,
+    validation: ImageData | None = None,
+    *,
+    num_members: int = 4,
+    fit: Fit | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
+) -> Ensemble:
+    """One network trained for the FLOPs of a deep ensemble: so many times the epochs.
+
+    Args:
+        build_network: Makes one untrained classifier.
+        train: Training images.
+        validation: For early stopping alone.
+        num_members: Of the ensemble whose cost it has.
+        fit: How a member of that ensemble is trained; the schedule is stretched.
+        seed: Of its initial weights and of the order of the data.
+        device: Where it is trained.
+        progress: Hears of every step.
+    """
+    fit = fit or Fit()
+    return _separate(
+        "single_equal_cost",
+        build_network,
+        train,
+        validation,
+        fit=fit,
+        epochs=fit.epochs * num_members,
+        seeds=[seed],
+        device=device,
+        progress=progress,
+    )
+
+
+def _separate(
+    method: str,
+    build_network: BuildNetwork,
+    train: ImageData,
+    validation: ImageData | None,
+    *,
+    fit: Fit,
+    seeds: Sequence[int],
+    device: torch.device | str,
+    progress: Progress,
+    epochs: int | None = None,
+) -> Ensemble:
+    """Networks that differ in their seeds alone."""
+    meter = TrainingMeter()
+    networks = [
+        train_network(
+            new_network(build_network, seed, device),
+            train,
+            validation,
+            fit,
+            seed=seed,
+            meter=meter,
+            epochs=epochs,
+            label=f"{method} {member + 1}/{len(seeds)}" if len(seeds) > 1 else method,
+            progress=progress,
+        )
+        for member, seed in enumerate(seeds)
+    ]
+    return finished(SeparateNetworks(networks, method), build_network, meter, len(seeds))
+
+
+def finished(
+    ensemble: Ensemble,
+    build_network: BuildNetwork,
+    meter: TrainingMeter,
+    trainings: int,
+    effective: float = 1.0,
+) -> Ensemble:
+    """The ensemble in evaluation mode, with what its training took and how its network is built."""
+    ensemble.spent = Spent.of(meter, trainings, effective)
+    ensemble.built_from = network_name(build_network)
+    return ensemble.eval().to(next(ensemble.parameters()).device)
