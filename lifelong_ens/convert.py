@@ -20,6 +20,7 @@ from lifelong_ens.layers.attention import Rank1MultiheadAttention
 from lifelong_ens.layers.bank import Selection, banks
 from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
+from lifelong_ens.replication import replicate, replicate_late
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,11 @@ def batch_ensemble(
 
 
 class MemberNetwork(nn.Module):
-    """A network with members, made by ``batch_ensemble``."""
+    """A network with members, made by ``batch_ensemble``.
+
+    Layers before the first one that tells members apart run once per input wherever the graph of the network can be
+    traced, else every member has a copy of the input from the start; the answer is the same.
+    """
 
     def __init__(self, body: nn.Module, selection: Selection, num_members: int) -> None:
         super().__init__()
@@ -159,6 +164,8 @@ class MemberNetwork(nn.Module):
         self.selection = selection
         self.num_members = num_members
         self.training = body.training
+        # not a module of this one: its layers are those of the body
+        self._late = (replicate_late(body, lambda module: isinstance(module, MEMBER_LAYERS)),)
 
     def forward(self, x: Tensor, members: Sequence[int] | None = None, ids: Tensor | None = None) -> Tensor:
         """Show every row to the given members, or each row to one.
@@ -183,8 +190,17 @@ class MemberNetwork(nn.Module):
             with self.selection.of(chosen[0]):
                 return self.body(x).unsqueeze(0)
         with self.selection.of(None if members is None else tuple(members)):
-            out = self.body(x.repeat(len(chosen), *[1] * (x.dim() - 1)))
+            late = self._late[0]
+            out = self.body(replicate(x, len(chosen))) if late is None else late(x, len(chosen))
         return out.unflatten(0, (len(chosen), len(x)))
+
+    def split(self, x: Tensor) -> Tensor:
+        """Show each row to one member: ``(batch, ...)`` to ``(batch, classes)``, in blocks of nearly equal length."""
+        if len(x) % self.num_members == 0:
+            with self.selection.of(None):
+                return self.body(x)
+        rows = torch.arange(len(x), device=x.device)
+        return self(x, ids=rows * self.num_members // len(x))
 
     def export_member(self, member: int) -> nn.Module:
         """One member as the plain network it was converted from, with no trace of members; equal to 1e-6."""

@@ -9,22 +9,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lifelong_ens.ensembles.dropout import fit_mc_dropout
     from lifelong_ens.ensembles.ensemble import Ensemble
     from lifelong_ens.ensembles.separate import fit_deep, fit_single, fit_single_equal_cost
+    from lifelong_ens.ensembles.shared import fit_batch_ensemble
 
 # the name on the command line -> where its function is
 METHODS: dict[str, str] = {
     "single": "lifelong_ens.ensembles.separate:fit_single",
     "single_equal_cost": "lifelong_ens.ensembles.separate:fit_single_equal_cost",
+    "mc_dropout": "lifelong_ens.ensembles.dropout:fit_mc_dropout",
     "deep": "lifelong_ens.ensembles.separate:fit_deep",
+    "batch_ensemble": "lifelong_ens.ensembles.shared:fit_batch_ensemble",
 }
 # what a saved ensemble is -> the class that loads it
-KINDS: dict[str, str] = {"separate": "lifelong_ens.ensembles.separate:SeparateNetworks"}
+KINDS: dict[str, str] = {
+    "dropout": "lifelong_ens.ensembles.dropout:DropoutNetwork",
+    "separate": "lifelong_ens.ensembles.separate:SeparateNetworks",
+    "shared": "lifelong_ens.ensembles.shared:SharedNetwork",
+}
 
 _WHERE = {target.rpartition(":")[2]: target for target in METHODS.values()}
 _WHERE["Ensemble"] = "lifelong_ens.ensembles.ensemble:Ensemble"
 
-__all__ = ["KINDS", "METHODS", "Ensemble", "fit_deep", "fit_single", "fit_single_equal_cost"]
+__all__ = [
+    "KINDS",
+    "METHODS",
+    "Ensemble",
+    "fit_batch_ensemble",
+    "fit_deep",
+    "fit_mc_dropout",
+    "fit_single",
+    "fit_single_equal_cost",
+]
 
 
 def __getattr__(name: str) -> Any:

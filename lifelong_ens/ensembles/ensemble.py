@@ -216,6 +216,19 @@ class Ensemble(nn.Module):
         self.load_state_dict(state)
 
 
+def finished(
+    ensemble: Ensemble,
+    build_network: BuildNetwork,
+    meter: TrainingMeter,
+    trainings: int,
+    effective: float = 1.0,
+) -> Ensemble:
+    """The ensemble in evaluation mode, with what its training took and how its network is built."""
+    ensemble.spent = Spent.of(meter, trainings, effective)
+    ensemble.built_from = network_name(build_network)
+    return ensemble.eval().to(next(ensemble.parameters()).device)
+
+
 def network_name(build_network: BuildNetwork) -> dict[str, Any] | None:
     """Name and options of a builder that is one of ours or a ``functools.partial`` of one; else None."""
     partial = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lifelong_ens.accounting.meter import TrainingMeter
-from lifelong_ens.ensembles.ensemble import Ensemble, Spent, network_name
+from lifelong_ens.ensembles.ensemble import Ensemble, finished
 from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
 from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.training.data import ImageData
@@ -216,16 +216,3 @@ def _separate(
         for member, seed in enumerate(seeds)
     ]
     return finished(SeparateNetworks(networks, method), build_network, meter, len(seeds))
-
-
-def finished(
-    ensemble: Ensemble,
-    build_network: BuildNetwork,
-    meter: TrainingMeter,
-    trainings: int,
-    effective: float = 1.0,
-) -> Ensemble:
-    """The ensemble in evaluation mode, with what its training took and how its network is built."""
-    ensemble.spent = Spent.of(meter, trainings, effective)
-    ensemble.built_from = network_name(build_network)
-    return ensemble.eval().to(next(ensemble.parameters()).device)

@@ -41,15 +41,22 @@ class Spec:
 
     Attributes:
         name: On the command line.
-        options: That keep the test short.
+        options: Of the method.
+        variant: Tells rows of one method apart.
         members: How many, if it is asked for three; None where only an upper bound is known.
         accuracy: That the small training reaches on both networks.
     """
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
+    variant: str = ""
     members: int | None = 3
     accuracy: float = 0.6
+
+    @property
+    def label(self) -> str:
+        """For the test's name."""
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
     def fit(self, build_network: Callable[[], nn.Module], data: Any, **more: Any) -> Ensemble:
         function = getattr(ensembles, f"fit_{self.name}")
@@ -62,9 +69,14 @@ class Spec:
 SPECS = (
     Spec("single", members=1),
     Spec("single_equal_cost", members=1),
+    # whole channels of a network of width 4 are dropped
+    Spec("mc_dropout", accuracy=0.3),
     Spec("deep"),
+    Spec("batch_ensemble"),
+    Spec("batch_ensemble", {"preset": "paper"}, "paper"),
+    Spec("batch_ensemble", {"preset": "fast"}, "fast"),
 )
-METHODS = pytest.mark.parametrize("spec", SPECS, ids=[spec.name for spec in SPECS])
+METHODS = pytest.mark.parametrize("spec", SPECS, ids=[spec.label for spec in SPECS])
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +84,8 @@ def fitted(digits):
     """Each method's ensemble of a network, made once."""
 
     @functools.cache
-    def make(spec_name: str, build_network: Any) -> Ensemble:
-        spec = next(one for one in SPECS if one.name == spec_name)
+    def make(label: str, build_network: Any) -> Ensemble:
+        spec = next(one for one in SPECS if one.label == label)
         return spec.fit(build_network, digits)
 
     return make
@@ -85,7 +97,7 @@ def test_every_method_has_a_spec():
 
 @METHODS
 def test_learns_and_mixes_probabilities(spec, build_network, fitted, digits):
-    ensemble, test = fitted(spec.name, build_network), digits[2]
+    ensemble, test = fitted(spec.label, build_network), digits[2]
     assert ensemble.method == spec.name
     assert spec.members in (None, ensemble.num_members)
     assert not ensemble.training
@@ -104,7 +116,7 @@ def test_learns_and_mixes_probabilities(spec, build_network, fitted, digits):
 
 @METHODS
 def test_same_seed_same_ensemble_and_another_seed_another(spec, fitted, digits):
-    ensemble, again, other = fitted(spec.name, MLP), spec.fit(MLP, digits), spec.fit(MLP, digits, seed=2)
+    ensemble, again, other = fitted(spec.label, MLP), spec.fit(MLP, digits), spec.fit(MLP, digits, seed=2)
     x, _ = digits[2].batch(torch.arange(20))
     with torch.no_grad():
         assert torch.equal(ensemble.probs(x), again.probs(x))
@@ -122,7 +134,7 @@ def test_leaves_torch_s_generator_alone(spec, digits):
 
 @METHODS
 def test_members_differ(spec, build_network, fitted, digits):
-    ensemble = fitted(spec.name, build_network)
+    ensemble = fitted(spec.label, build_network)
     if ensemble.num_members == 1:
         pytest.skip("one member")
     x, _ = digits[2].batch(torch.arange(100))
@@ -137,7 +149,7 @@ def test_members_differ(spec, build_network, fitted, digits):
 def test_a_saved_ensemble_answers_the_same_to_the_bit_in_another_process(
     spec, build_network, fitted, digits, tmp_path
 ):
-    ensemble = fitted(spec.name, build_network)
+    ensemble = fitted(spec.label, build_network)
     ensemble.save(tmp_path)
     x, _ = digits[2].batch(torch.arange(20))
     torch.save({"x": x}, tmp_path / "x.pt")
@@ -160,7 +172,7 @@ def test_a_saved_ensemble_answers_the_same_to_the_bit_in_another_process(
 
 @METHODS
 def test_a_damaged_file_is_refused(spec, fitted, tmp_path):
-    path = fitted(spec.name, MLP).save(tmp_path)
+    path = fitted(spec.label, MLP).save(tmp_path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
     with pytest.raises(DamagedFileError, match=FILE):
@@ -175,7 +187,7 @@ def test_a_damaged_file_is_refused(spec, fitted, tmp_path):
 
 @METHODS
 def test_cost_is_what_a_file_and_a_meter_say(spec, build_network, fitted, digits, tmp_path):
-    ensemble = fitted(spec.name, build_network)
+    ensemble = fitted(spec.label, build_network)
     x, _ = digits[2].batch(torch.arange(4))
     cost = ensemble.cost(x)
     overhead = ensemble.save(tmp_path).stat().st_size - cost.bytes
