@@ -23,13 +23,8 @@ from avalanche.benchmarks import CLExperience, CLScenario
 from avalanche.training.templates import SupervisedTemplate
 
 from lifelong_ens.errors import DamagedFileError, InputError, NonFiniteLossError
-from lifelong_ens.metrics.uncertainty import (
-    calibration,
-    disagreement,
-    ensemble_log_probs,
-    pooled,
-    predictive_entropy,
-)
+from lifelong_ens.metrics.diversity import disagreement
+from lifelong_ens.metrics.uncertainty import calibration, ensemble_log_probs, pooled, predictive_entropy
 from lifelong_ens.report.records import SCHEMA, check_record
 from lifelong_ens.store import read_json, read_tensors, tensors_sha256, write_json, write_tensors
 from strategies.base import Strategy

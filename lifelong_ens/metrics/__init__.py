@@ -1,1 +1,1 @@
-"""Metrics: continual (of one accuracy matrix, numpy) and uncertainty (of an ensemble, torch)."""
+"""Metrics: continual (of one accuracy matrix, numpy), and of an ensemble's predictions (torch) the others."""
