@@ -25,6 +25,8 @@ class Owner:
     function: Callable[..., Any]
     # a stream's seed is the run's own unless it is given by its full name
     only_dotted: frozenset[str] = frozenset()
+    # what a user cannot set here
+    hidden: frozenset[str] = frozenset()
     # a strategy takes options of training for itself alone, by their full names
     beside: Callable[..., Any] | None = None
 
@@ -36,7 +38,7 @@ class Owner:
     def own_types(self) -> dict[str, Any]:
         """The type of every argument that a user can set, of ``function`` alone."""
         hints, names = _hints(self.function), inspect.signature(self.function).parameters
-        given = filled(names)
+        given = filled(names) | self.hidden
         return {name: hints.get(name, Any) for name in names if name not in given or name in self.only_dotted}
 
     def defaults(self) -> dict[str, Any]:

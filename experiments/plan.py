@@ -131,10 +131,10 @@ def read_experiment(parsed: Mapping[str, Any], rest: Sequence[str]) -> Experimen
     Raises:
         InputError: Something named or given cannot be used.
     """
-    config = _read_config(parsed.get("config"))
+    config = read_config(parsed.get("config"))
     known = {**GENERAL, **COMPARE, **TUNE}
-    general = {name: _first(parsed.get(name), config.pop(name, None), known[name]) for name in known}
-    stream_name, names = str(general["stream"]), _names(general["strategies"])
+    general = {name: first_given(parsed.get(name), config.pop(name, None), known[name]) for name in known}
+    stream_name, names = str(general["stream"]), names_of("strategies", general["strategies"])
     stream = catalogue.load(catalogue.target_of("stream", stream_name))
     network_name = str(general["network"] or ("mlp" if stream_name in SMALL_IMAGES else "lenet5"))
     network = catalogue.load(catalogue.target_of("network", network_name))
@@ -180,12 +180,17 @@ def _tuning(experiment: Experiment, tuning: Any) -> dict[str, Mapping[str, Any]]
     return kept
 
 
-def _first(*values: Any) -> Any:
+def first_given(*values: Any) -> Any:
     """The first value that was given."""
     return next((value for value in values if value is not None), None)
 
 
-def _read_config(path: Path | None) -> dict[str, Any]:
+def read_config(path: Path | None) -> dict[str, Any]:
+    """What a YAML file sets; nothing where there is no file.
+
+    Raises:
+        InputError: It cannot be read.
+    """
     if path is None:
         return {}
     try:
@@ -199,7 +204,12 @@ def _read_config(path: Path | None) -> dict[str, Any]:
     return {str(name): value for name, value in config.items()}
 
 
-def _names(value: Any) -> list[str]:
+def names_of(option: str, value: Any) -> list[str]:
+    """A list, or texts joined by commas, each once.
+
+    Raises:
+        InputError: There is none.
+    """
     names = (
         [name.strip() for name in value.split(",")]
         if isinstance(value, str)
@@ -207,7 +217,7 @@ def _names(value: Any) -> list[str]:
     )
     names = [name for name in dict.fromkeys(names) if name]
     if not names:
-        raise InputError("--strategies names no strategy.")
+        raise InputError(f"--{option} names nothing.")
     return names
 
 

@@ -76,22 +76,23 @@ class Cell:
     @property
     def setting(self) -> str:
         """8 hex digits that are the same for runs that may be compared: same stream, network and training."""
-        return _digest([self.stream.as_dict(), self.network.as_dict(), dict(self.fit)])
+        return digest([self.stream.as_dict(), self.network.as_dict(), dict(self.fit)])
 
     @property
     def key(self) -> str:
         """The name of its files: readable, and different for different options."""
         inference = [] if self.task_inference == "none" else [self.task_inference]
-        digest = _digest([self.setting, self.strategy.as_dict(), *inference])
+        told = digest([self.setting, self.strategy.as_dict(), *inference])
         name = self.strategy.name.replace(":", ".").replace("/", ".")
-        return f"{self.stream.name.replace(':', '.')}-{name}-{self.seed}-{digest}"
+        return f"{self.stream.name.replace(':', '.')}-{name}-{self.seed}-{told}"
 
     def label(self) -> str:
         """For people."""
         return f"{self.strategy.name} seed {self.seed}"
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """8 hex digits that stand for a value that JSON can hold."""
     return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -206,12 +207,12 @@ class Run:
         self.progress.task_labels += [label for one in experiences for label in one.task_labels]  # pyright: ignore
         entry = self._measure(task)
         state = self.checkpoints / f"task_{task + 1:04d}.safetensors"
-        digest = write_tensors(state, network_of(self.strategy).state_dict())
+        state_digest = write_tensors(state, network_of(self.strategy).state_dict())
         entry["disk_bytes"] = state.stat().st_size
         entry |= self._evaluate(task)
         entry["seconds_evaluation"] = self.progress.seconds_evaluation
         self.progress.tasks.append(entry)
-        self._commit_checkpoint(state, digest)
+        self._commit_checkpoint(state, state_digest)
 
     def _measure(self, task: int) -> dict[str, Any]:
         """The ledger after a task; before anything is evaluated."""
@@ -277,11 +278,11 @@ class Run:
         rule = self.cell.task_inference
         return None if rule == "none" else infer_tasks(self.strategy, test, rule)
 
-    def _commit_checkpoint(self, state: Path, digest: str) -> None:
+    def _commit_checkpoint(self, state: Path, state_digest: str) -> None:
         """Write what goes with the state; with this file the task is finished. Then the earlier ones may go."""
         meter, strategy = self.costs.meter, self.strategy
         checkpoint: dict[str, Any] = {
-            "sha256": digest,
+            "sha256": state_digest,
             "started": self.started,
             "progress": vars(self.progress),
             "meter": {
@@ -315,8 +316,8 @@ class Run:
             "notes": self.strategy.network.notes() if isinstance(self.strategy, Strategy) else [],
             "state_sha256": tensors_sha256(network_of(self.strategy).state_dict()),
             "versions": {package: version(package) for package in PACKAGES},
-            "commit": _commit(),
-            "device": _device_name(self.strategy.device),
+            "commit": commit(),
+            "device": device_name(self.strategy.device),
             "started": self.started,
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }
@@ -365,7 +366,7 @@ def _seeded(seed: int) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this file is in, if it is in one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
@@ -374,7 +375,8 @@ def _commit() -> str | None:
         return None
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The kind of a device, and the name of a GPU."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 

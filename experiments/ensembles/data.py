@@ -86,7 +86,9 @@ def read_images(name: str, options: dict[str, Any], held_out: int = 0) -> Images
         data = benchmark.streams[part][0].dataset.image_data
         # a stream of one task shuffles its classes; here they have their own ids
         parts[part] = replace(data, labels=classes[data.labels])
-    names = tuple(name for _, name in sorted(zip(benchmark.classes[0], benchmark.class_names[0], strict=True)))
+    names = tuple(
+        name for _, name in sorted(zip(benchmark.classes[0], benchmark.class_names[0], strict=True))
+    )
     foreign: dict[str, ImageData] = {}
     if held_out:
         if not 0 < held_out <= len(names) - 2:
@@ -139,7 +141,9 @@ def read_foreign(name: str, root: Path | None, like: Images) -> ImageData:
     else:
         pixels = _folder_pixels(root, like.test.image_shape[1])
     if pixels.shape[1:] != like.test.image_shape:
-        log.info("%s: images of %s are made %s", name, _shape(pixels.shape[1:]), _shape(like.test.image_shape))
+        log.info(
+            "%s: images of %s are made %s", name, _shape(pixels.shape[1:]), _shape(like.test.image_shape)
+        )
         pixels = fitted(pixels, like.test.image_shape)
     labels = torch.zeros(len(pixels), dtype=torch.long)
     return ImageData(pixels, torch.arange(len(pixels)), labels, like.test.mean, like.test.std)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,24 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
+from lifelong_ens.report.drawing import GREY, Styles, decorate, new_figure, png, styles_of
 from lifelong_ens.report.labelling import place_labels, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's palette for all kinds of colour vision, without its yellow, too light for lines on white
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_LINES = ("-", (0, (4, 1.5)), (0, (1, 1)))
-_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-_DPI = 140
 _WIDTH = 10.0
-_GREY = "#767676"
 _UNMEASURED = "#E4E4E4"
 
 _KEYS = ["stream", "setting", "strategy"]
 _Labels = Mapping[tuple[str, str], str]
-_Styles = Mapping[str, Mapping[str, Any]]
 # what a pandas method returns is typed as a union of every scalar and container; Any keeps the rest checked
 _Pandas = Any
 
@@ -45,18 +38,18 @@ def draw_all(
 
 def accuracy_over_tasks(tasks: _Pandas, runs: _Pandas, labels: _Labels) -> bytes:
     """The average accuracy over the tasks seen so far, after each task: mean over seeds, band of one std."""
-    styles = _styles(runs)
+    styles = styles_of(runs["strategy"])
     figure, panels = _panels(labels, height=max(5.2, 0.4 * len(styles) / len(labels)))
     for key, axes in zip(labels, panels, strict=True):
         for strategy, curve in _of(tasks, key).groupby("strategy", sort=False):
             _draw_curve(axes, curve, styles[strategy])
         num_tasks = int(_of(runs, key)["num_tasks"].iloc[0])
-        _decorate(axes, "tasks learned", "average accuracy over tasks seen, %")
+        decorate(axes, "tasks learned", "average accuracy over tasks seen, %")
         axes.set_xlim(1 - 0.05 * num_tasks, 1.05 * num_tasks)
         axes.set_xticks(_task_ticks(num_tasks))
     final = runs.groupby("strategy", sort=False)["average_accuracy"].mean()
     _draw_legend(figure, list(final.sort_values(ascending=False, kind="stable").index), styles)
-    return _png(figure)
+    return png(figure)
 
 
 def forgetting_matrix(accuracy: _Pandas, runs: _Pandas, labels: _Labels) -> bytes:
@@ -82,12 +75,12 @@ def forgetting_matrix(accuracy: _Pandas, runs: _Pandas, labels: _Labels) -> byte
     bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.015, aspect=30)
     bar.set_label("accuracy, % (grey: not measured)")
     bar.ax.spines[:].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def accuracy_against_memory(runs: _Pandas, labels: _Labels) -> bytes:
     """Average accuracy against the memory of the stored model: mean over seeds, bars of one std."""
-    styles = _styles(runs)
+    styles = styles_of(runs["strategy"])
     relative = bool(runs["ratio_bytes"].notna().all())
     points = runs.assign(x=runs["ratio_bytes" if relative else "bytes"], y=100 * runs["average_accuracy"])
     figure, panels = _panels(labels, height=5.8)
@@ -100,17 +93,17 @@ def accuracy_against_memory(runs: _Pandas, labels: _Labels) -> bytes:
             bars = {"xerr": x_error or None, "yerr": y_error or None, "elinewidth": 1.4, "capsize": 3}
             axes.errorbar(x, y, fmt="none", color=style["color"], zorder=2, **bars)
             axes.plot(x, y, marker=style["marker"], color=style["color"], markersize=9, zorder=3)
-        _decorate(axes, f"memory of the stored model, {unit}", "average accuracy after the last task, %")
+        decorate(axes, f"memory of the stored model, {unit}", "average accuracy after the last task, %")
         if len(middle):
             _scale_memory(axes, middle["x"].to_numpy(), relative)
             colours = [styles[name]["color"] for name in middle.index]
             place_labels(axes, middle.to_numpy(), spread["y"].to_numpy(), list(middle.index), colours)
-    return _png(figure)
+    return png(figure)
 
 
 def memory_over_tasks(costs: _Pandas, runs: _Pandas, labels: _Labels) -> bytes:
     """Memory of what is stored after each task, mean over seeds; on a log scale where it spans much."""
-    styles = _styles(runs)
+    styles = styles_of(runs["strategy"])
     figure, panels = _panels(labels, height=5.2)
     for key, axes in zip(labels, panels, strict=True):
         stored = _of(costs, key)
@@ -120,12 +113,12 @@ def memory_over_tasks(costs: _Pandas, runs: _Pandas, labels: _Labels) -> bytes:
         for strategy, curve in means.groupby(level="strategy", sort=False):
             tasks = curve.index.get_level_values("trained_task").to_numpy() + 1
             axes.plot(tasks, curve.to_numpy(), **styles[strategy], linewidth=2, markeredgecolor="white")
-        _decorate(axes, "tasks learned", "memory of the stored model")
+        decorate(axes, "tasks learned", "memory of the stored model")
         axes.set_xticks(_task_ticks(int(_of(runs, key)["num_tasks"].iloc[0])))
         _scale_memory(axes, means.to_numpy(), relative=False, axis="y")
     final = runs.groupby("strategy", sort=False)["bytes"].mean().sort_values(ascending=False, kind="stable")
     _draw_legend(figure, list(final.index), styles)
-    return _png(figure)
+    return png(figure)
 
 
 def _of(table: _Pandas, key: tuple[str, str]) -> _Pandas:
@@ -152,7 +145,7 @@ def _matrix_grid(num_panels: int, num_columns: int) -> tuple[Figure, np.ndarray]
     """A grid of square panels with room for a colour bar; names only at the outer left and bottom axes."""
     num_rows = math.ceil(num_panels / num_columns)
     side = min((_WIDTH - 1.2) / num_columns - 0.4, 4.6)
-    figure = _figure((side + 0.4) * num_columns + 1.2, (side + 0.6) * num_rows + 0.3)
+    figure = new_figure((side + 0.4) * num_columns + 1.2, (side + 0.6) * num_rows + 0.3)
     grid: np.ndarray = figure.subplots(num_rows, num_columns, squeeze=False)
     for i, axes in enumerate(grid.flat):
         axes.set_visible(i < num_panels)
@@ -184,32 +177,19 @@ def _draw_matrix(axes: Axes, matrix: np.ndarray, norm: Any, annotate: bool) -> A
 
 def _panels(labels: _Labels, height: float) -> tuple[Figure, list[Axes]]:
     """A figure with one titled panel per stream and setting."""
-    figure = _figure(_WIDTH, height * len(labels))
+    figure = new_figure(_WIDTH, height * len(labels))
     panels: list[Axes] = list(figure.subplots(len(labels), squeeze=False)[:, 0])
     for axes, label in zip(panels, labels.values(), strict=True):
         axes.set_title(label)
     return figure, panels
 
 
-def _draw_legend(figure: Figure, strategies: Sequence[str], styles: _Styles) -> None:
+def _draw_legend(figure: Figure, strategies: Sequence[str], styles: Styles) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], **styles[name], linewidth=2, markeredgecolor="white") for name in strategies]
     names = [wrapped(name, 24) for name in strategies]
     figure.legend(handles, names, loc="outside right upper", frameon=False, labelspacing=0.7)
-
-
-def _styles(runs: pd.DataFrame) -> _Styles:
-    """A colour, a marker and a line per strategy, the same in every plot; no two alike up to 21."""
-    styles = {}
-    for i, name in enumerate(dict.fromkeys(runs["strategy"])):
-        turn, colour = divmod(i, len(_COLOURS))
-        styles[name] = {
-            "color": _COLOURS[colour],
-            "marker": _MARKERS[(i + turn) % len(_MARKERS)],
-            "linestyle": _LINES[turn % len(_LINES)],
-        }
-    return styles
 
 
 def _scale_memory(axes: Axes, values: np.ndarray, relative: bool, axis: Literal["x", "y"] = "x") -> None:
@@ -223,7 +203,7 @@ def _scale_memory(axes: Axes, values: np.ndarray, relative: bool, axis: Literal[
         scaled.set_minor_formatter(NullFormatter())
     scaled.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x" if relative else _bytes(x)))
     if relative:
-        axes.axvline(1, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+        axes.axvline(1, color=GREY, linewidth=1, linestyle="--", zorder=1)
     axes.margins(x=0.12, y=0.12)
 
 
@@ -235,30 +215,7 @@ def _bytes(value: float) -> str:
     return f"{value:g} TB"
 
 
-def _decorate(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    axes.grid(color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
 def _task_ticks(num_tasks: int) -> list[int]:
     """At most about ten task numbers, counted from 1."""
     step = next(step for step in (1, 5, 10, 20, 50, 100, num_tasks) if num_tasks <= 10 * step)
     return sorted({1, *range(step, num_tasks + 1, step)})
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-
-
-def _png(figure: Figure) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()

@@ -1,0 +1,246 @@
+"""From the words of ``lifelong-ens ensemble`` to cells, and from cells to a report."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lifelong_ens.corruptions import CORRUPTIONS, check_name
+from torch import nn
+
+from experiments import catalogue
+from experiments.compare import choose_device, taken, warm_up
+from experiments.ensembles.data import Images, read_foreign, read_images, reader
+from experiments.ensembles.evaluation import Protocol
+from experiments.ensembles.run import EnsembleCell, discard, finished_record, protocol_dict, run_cell
+from experiments.options import Owner, make_fit, of_owner, read_options
+from experiments.plan import FIT_OWNER, first_given, names_of, parse_seeds, read_config, short
+from experiments.run import Named, check_writable
+from lifelong_ens.ensembles.ensemble import Ensemble
+from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
+from lifelong_ens.report.ensembles import EnsembleReport
+from lifelong_ens.training.fit import Fit
+
+log = logging.getLogger(__name__)
+
+GENERAL: dict[str, Any] = {
+    "data": "digits",
+    "methods": "deep,batch_ensemble",
+    "network": None,
+    "members": 4,
+    "seeds": 1,
+    "held_out": 0,
+    "ood": None,
+    "corruptions": "none",
+    "corrupted_images": None,
+    "cifar_c": None,
+    "calibrate": False,
+    "out": None,
+    "device": "auto",
+    "force": False,
+}
+# one network, and one trained for as long as all members together: without them no table tells what an ensemble is for
+ALWAYS = ("single", "single_equal_cost")
+ABOUT_TASKS = frozenset({"num_tasks", "class_order"})
+SMALL_IMAGES = ("digits", "mnist", "fashion_mnist")
+
+
+@dataclass(frozen=True)
+class EnsemblePlan:
+    """A comparison of ensembles that is ready to run.
+
+    Attributes:
+        cells: Each with its method's function.
+        build_network: Makes a network for images of a shape and so many classes.
+        data: Name of the data set.
+        data_options: Its options, ``root`` included.
+        foreign: Name and folder of each set of foreign images.
+        protocol: What is measured.
+        out: The folder.
+        device: As it was asked for.
+        force: Repeat what has a record.
+    """
+
+    cells: list[tuple[EnsembleCell, Callable[..., Ensemble]]]
+    build_network: Callable[..., nn.Module]
+    network_options: Mapping[str, Any]
+    data: str
+    data_options: dict[str, Any]
+    protocol: Protocol
+    out: Path
+    device: str = "auto"
+    force: bool = False
+    foreign: Mapping[str, Path | None] = field(default_factory=dict)
+
+    def run(self, progress: bool = True) -> EnsembleReport:
+        """Run what has no record yet and report on everything in the folder.
+
+        Raises:
+            NonFiniteLossError: Some runs met a loss that is no number; raised after all others are done.
+            UnfitNetworkError: No method can run on its network; of several, those that cannot are named in a warning.
+        """
+        device = choose_device(self.device)
+        check_writable(self.out)
+        images = self._images()
+        build = self._network_for(images)
+        warm_up(device)
+        wanted = protocol_dict(self.protocol, images)
+        problems: list[tuple[str, InputError]] = []
+        for cell, function in self.cells:
+            if self.force:
+                discard(cell, self.out)
+            if finished_record(cell, wanted, self.out) is not None:
+                continue
+            try:
+                record = run_cell(
+                    cell,
+                    function,
+                    build,
+                    images,
+                    self.protocol,
+                    out=self.out,
+                    device=device,
+                    progress=progress,
+                )
+            except (NonFiniteLossError, UnfitNetworkError) as error:
+                problems.append((cell.label(), error))
+            else:
+                _say(record, cell)
+        _raise_or_warn(problems, stop=len(problems) == len(self.cells))
+        report = EnsembleReport.load(self.out)
+        report.write(self.out)
+        return report
+
+    def _images(self) -> Images:
+        cell = self.cells[0][0]
+        images = read_images(self.data, self.data_options, cell.held_out)
+        for name, root in self.foreign.items():
+            images.foreign[name] = read_foreign(name, root, images)
+        return images
+
+    def _network_for(self, images: Images) -> Callable[[], nn.Module]:
+        """The builder of a network for these images; the one that is saved with an ensemble."""
+        offered = {"input_shape": images.train.image_shape, "num_classes": len(images.class_names)}
+        return functools.partial(
+            self.build_network, **taken(self.build_network, offered), **self.network_options
+        )
+
+
+def plan_ensembles(parsed: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePlan:
+    """Everything checked that can be checked before images are read.
+
+    Args:
+        parsed: General options from the command line, None where not given, and ``config``.
+        rest: The other arguments, options of data, network, methods and training.
+
+    Raises:
+        InputError: Something named or given cannot be used.
+    """
+    config = read_config(parsed.get("config"))
+    general = {name: first_given(parsed.get(name), config.pop(name, None), GENERAL[name]) for name in GENERAL}
+    data = str(general["data"])
+    network_name = str(general["network"] or ("mlp" if data in SMALL_IMAGES else "resnet20"))
+    network = catalogue.load(catalogue.target_of("network", network_name))
+    names = [*ALWAYS, *(name for name in names_of("methods", general["methods"]) if name not in ALWAYS)]
+    methods = {
+        name: Owner(short(name), catalogue.load(catalogue.target_of("method", name)), beside=Fit)
+        for name in names
+    }
+    data_owner = Owner(data, reader(data), hidden=ABOUT_TASKS)
+    network_owner, fit_owner = Owner(short(network_name), network), Owner(FIT_OWNER, Fit)
+    given = read_options([data_owner, network_owner, *methods.values(), fit_owner], rest, config, also=parsed)
+    members = _whole("members", general["members"], 1)
+    data_options = of_owner(data_owner, given)
+    network_options = of_owner(network_owner, given)
+    fit = make_fit(of_owner(fit_owner, given))
+    # where images lie is no part of what a run is, so that records mean the same on every machine
+    named = Named(data, {name: value for name, value in data_options.items() if name != "root"})
+    cells = [
+        (
+            EnsembleCell(
+                named,
+                Named(name, of_owner(owner, given)),
+                Named(network_name, network_options),
+                fit,
+                members,
+                _whole("held_out", general["held_out"], 0),
+                seed,
+            ),
+            owner.function,
+        )
+        for seed in parse_seeds(general["seeds"])
+        for name, owner in methods.items()
+    ]
+    return EnsemblePlan(
+        cells,
+        network,
+        network_options,
+        data,
+        data_options,
+        _protocol(general),
+        Path(general["out"] or Path("results") / f"ensembles_{data}"),
+        str(general["device"]),
+        bool(general["force"]),
+        _foreign(general["ood"]),
+    )
+
+
+def _protocol(general: Mapping[str, Any]) -> Protocol:
+    wanted = str(general["corruptions"])
+    names = (
+        CORRUPTIONS if wanted == "all" else () if wanted == "none" else tuple(names_of("corruptions", wanted))
+    )
+    for name in names:
+        check_name(name)
+    count = general["corrupted_images"]
+    return Protocol(
+        names,
+        None if count is None else _whole("corrupted_images", count, 1),
+        None if general["cifar_c"] is None else Path(general["cifar_c"]),
+        bool(general["calibrate"]),
+    )
+
+
+def _foreign(value: Any) -> dict[str, Path | None]:
+    """``name`` or ``name=DIR``, joined by commas."""
+    foreign: dict[str, Path | None] = {}
+    for part in names_of("ood", value) if value else ():
+        name, equals, root = part.partition("=")
+        foreign[name] = Path(root).expanduser() if equals else None
+    return foreign
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--{name} {value}: expected a whole number.") from error
+    if number < least:
+        raise InputError(f"--{name} {number}: expected at least {least}.")
+    return number
+
+
+def _say(record: Mapping[str, Any], cell: EnsembleCell) -> None:
+    test = record["uncertainty"][0]
+    log.info(
+        "%s: %.2f %% accuracy, NLL %.4f, trained in %.1f s",
+        cell.label(),
+        100 * test["accuracy"],
+        test["nll"],
+        record["spent"]["seconds"],
+    )
+
+
+def _raise_or_warn(problems: Sequence[tuple[str, InputError]], stop: bool) -> None:
+    """Raise what diverged; name the methods that cannot run on the network, in an error if nothing else ran."""
+    diverged = [f"{label}: {error}" for label, error in problems if isinstance(error, NonFiniteLossError)]
+    if diverged:
+        raise NonFiniteLossError(f"{'; '.join(diverged)}; the others are kept, try a lower --learning_rate")
+    if stop:
+        raise UnfitNetworkError("; ".join(str(error) for _, error in problems))
+    for label, reason in problems:
+        log.warning("%s did not run: %s", label, reason)
