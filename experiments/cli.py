@@ -1,4 +1,4 @@
-"""The command line: ``lifelong-ens compare | tune | reproduce | report | list | bench``.
+"""The command line: ``lifelong-ens compare | tune | ensemble | reproduce | report | list | bench``.
 
 Nothing heavy is imported before it is known what is asked for.
 """
@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--out", type=Path, help="folder for what is written (default: results/STREAM-tune)")
     _add_debug(tune)
     tune.set_defaults(run=_tune)
+    _add_ensemble(
+        commands.add_parser("ensemble", help="train, measure and cost efficient ensembles", **common)
+    )
     table = commands.add_parser("reproduce", help="a declared table: published numbers beside ours", **common)
     table.add_argument("name", nargs="?", help="which; all are named if it is not given")
     table.add_argument(
@@ -125,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report", help="make the tables and plots of a folder of records again", **common
     )
-    report.add_argument("out", type=Path, metavar="OUT", help="a folder that compare wrote")
+    report.add_argument("out", type=Path, metavar="OUT", help="a folder that compare or ensemble wrote")
     report.add_argument(
         "--baseline", default="finetune", help="what summary.md tests against (default: finetune)"
     )
@@ -133,10 +136,10 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
 
     names = commands.add_parser(
-        "list", help="streams, strategies and networks; with a name, its options", **common
+        "list", help="streams, strategies, methods and networks; with a name, its options", **common
     )
     names.add_argument(
-        "name", nargs="?", help="streams, strategies, networks, reproductions, training, or one name"
+        "name", nargs="?", help="streams, strategies, methods, networks, reproductions, training, or one name"
     )
     _add_debug(names)
     names.set_defaults(run=_list)
@@ -176,6 +179,52 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")
 
 
+def _add_ensemble(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train ensembles on the same images and measure each in the same way. `single`, one network, and "
+        "`single_equal_cost`, one that is trained for as long as all members together, always run too."
+    )
+    parser.epilog = _ensemble_epilog()
+    parser.add_argument(
+        "--config", type=Path, metavar="YAML", help="a file with any of these options by name"
+    )
+    parser.add_argument(
+        "--data",
+        help="digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet or image_folder (default: digits)",
+    )
+    parser.add_argument("--methods", help="names joined by commas (default: deep,batch_ensemble)")
+    parser.add_argument(
+        "--network", help="name, or module:function (default: mlp for digits and MNIST kinds, else resnet20)"
+    )
+    parser.add_argument("--members", help="how many members each ensemble has (default: 4)")
+    parser.add_argument("--seeds", help="how many seeds, or a list such as 0,3,7 (default: 1)")
+    parser.add_argument(
+        "--ood", metavar="NAME[=DIR]", help="foreign images that are to be told apart, joined by commas"
+    )
+    parser.add_argument(
+        "--held_out", metavar="N", help="leave the last N classes out: foreign images of their own"
+    )
+    parser.add_argument("--corruptions", help="all, none, or names joined by commas (default: none)")
+    parser.add_argument("--corrupted_images", metavar="N", help="corrupt N test images (default: all)")
+    parser.add_argument(
+        "--cifar_c", metavar="DIR", help="the official CIFAR-10-C or CIFAR-100-C files instead"
+    )
+    parser.add_argument(
+        "--calibrate", action="store_true", default=None, help="fit a temperature on the validation images"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for records, models, tables and plots (default: results/ensembles_DATA)",
+    )
+    parser.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")
+    parser.add_argument(
+        "--force", action="store_true", default=None, help="repeat runs whose records are there"
+    )
+    _add_debug(parser)
+    parser.set_defaults(run=_ensemble)
+
+
 def _add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -209,6 +258,30 @@ def _tune_epilog() -> str:
     return "\n".join(lines)
 
 
+def _ensemble_epilog() -> str:
+    lines = ["methods:"]
+    lines += [
+        f"  {name:20} {catalogue.describe(target).summary}"
+        for name, target in catalogue.KINDS["method"].items()
+    ]
+    lines += [
+        "",
+        "Options of the data (--root DIR, --validation 0.1, --limit 50), the network, the methods and of",
+    ]
+    lines += ["training are given by name; see lifelong-ens list NAME. One for a single method is written"]
+    lines += [
+        "--batch_ensemble.preset fast, and so are its own options of training: --deep.epochs 20.",
+        "",
+        "examples:",
+    ]
+    lines += ["  lifelong-ens ensemble --methods deep,mc_dropout,batch_ensemble --seeds 3 --out results/e"]
+    lines += [
+        "  lifelong-ens ensemble --data cifar100 --root data --network resnet20 --epochs 30 --corruptions all"
+    ]
+    lines += ["  lifelong-ens ensemble --data mnist --root data --ood notmnist=DIR --calibrate"]
+    return "\n".join(lines)
+
+
 def _reproduce_epilog() -> str:
     lines = ["reproductions:", *_reproduction_lines(), ""]
     lines += ["Options of the stream and of training are given by name: --root DIR, --limit 50, --epochs 3."]
@@ -238,7 +311,7 @@ def _values(annotation: str) -> str:
 
 def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     _refuse(rest)
-    plurals = {"streams": "stream", "strategies": "strategy", "networks": "network"}
+    plurals = {"streams": "stream", "strategies": "strategy", "methods": "method", "networks": "network"}
     name = parsed.name
     if name == "reproductions":
         print("\n".join(_reproduction_lines()))
@@ -281,7 +354,15 @@ def _reproduce(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 def _report(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     _refuse(rest)
     from lifelong_ens.report import Report
+    from lifelong_ens.report.ensemble_records import holds_ensembles
 
+    if holds_ensembles(parsed.out):
+        from lifelong_ens.report.ensembles import EnsembleReport
+
+        ensembles = EnsembleReport.load(parsed.out)
+        ensembles.write(parsed.out)
+        _show(ensembles, parsed.out)
+        return
     report = Report.load(parsed.out)
     known = report.runs["strategy"].unique()
     if parsed.baseline != "finetune" and parsed.baseline not in known:
@@ -301,6 +382,13 @@ def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     from experiments.plan import plan_comparison
 
     plan = plan_comparison(vars(parsed), rest)
+    _show(plan.run(), plan.out)
+
+
+def _ensemble(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    from experiments.ensembles.plan import plan_ensembles
+
+    plan = plan_ensembles(vars(parsed), rest)
     _show(plan.run(), plan.out)
 
 

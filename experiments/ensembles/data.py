@@ -113,11 +113,6 @@ def _check(images: Images) -> None:
     if bool((missing := counts == 0).any()):
         names = [images.class_names[index] for index in missing.nonzero().flatten().tolist()]
         raise InputError(f"no training images of {', '.join(names[:5])}: every class needs some.")
-    if len(images.validation) < len(images.class_names):
-        raise InputError(
-            f"{len(images.validation)} validation images are fewer than {len(images.class_names)} classes; "
-            "give a larger --validation or --limit."
-        )
 
 
 def read_foreign(name: str, root: Path | None, like: Images) -> ImageData:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from lifelong_ens.corruptions import CORRUPTIONS, SEVERITIES, corrupted_sets
-from lifelong_ens.corruptions.cifar_c import read_cifar_c
 from torch import Tensor
 
 from experiments.ensembles.data import Images
+from lifelong_ens.corruptions import CORRUPTIONS, SEVERITIES, corrupted_sets
+from lifelong_ens.corruptions.cifar_c import read_cifar_c
 from lifelong_ens.ensembles.ensemble import Ensemble
 from lifelong_ens.metrics import diversity, out_of_distribution, uncertainty
 from lifelong_ens.metrics.temperature import fit_temperature
@@ -182,9 +182,3 @@ def evenly(count: int, wanted: int | None) -> Tensor:
 
 def _of(test: ImageData, pixels: Tensor, labels: Tensor) -> ImageData:
     return replace(test, images=pixels, rows=torch.arange(len(pixels)), labels=labels)
-
-
-def mean_corrupted(rows: Sequence[dict[str, Any]], metric: str) -> float | None:
-    """The mean of a metric over all corruptions and severities, as cAcc, cNLL and cECE are; None without any."""
-    values = [row[metric] for row in rows if row["severity"] is not None]
-    return sum(values) / len(values) if values else None

@@ -12,7 +12,6 @@ from lifelong_ens.errors import DamagedFileError, InputError
 from lifelong_ens.store import read_json
 
 SCHEMA = 1
-KIND = "method"
 
 _logger = logging.getLogger(__name__)
 
@@ -88,6 +87,17 @@ def load_ensemble_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not records:
         raise InputError(f"no records in {folder}; run `lifelong-ens ensemble --out {os.fspath(out)}` first")
     return sorted(records, key=lambda record: str(record.get("started")))
+
+
+def holds_ensembles(out: str | os.PathLike[str]) -> bool:
+    """Whether the records in a folder are of ensembles, not of strategies on a stream."""
+    for path in sorted((Path(out) / "records").glob("*.json")):
+        try:
+            record = read_json(path)
+        except DamagedFileError:
+            continue
+        return isinstance(record, Mapping) and "method" in record
+    return False
 
 
 def _is_number(value: object) -> bool:
