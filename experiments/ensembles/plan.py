@@ -9,17 +9,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lifelong_ens.corruptions import CORRUPTIONS, check_name
 from torch import nn
 
 from experiments import catalogue
 from experiments.compare import choose_device, taken, warm_up
 from experiments.ensembles.data import Images, read_foreign, read_images, reader
 from experiments.ensembles.evaluation import Protocol
+from experiments.ensembles.reproduction import EnsembleReproduction
 from experiments.ensembles.run import EnsembleCell, discard, finished_record, protocol_dict, run_cell
 from experiments.options import Owner, make_fit, of_owner, read_options
 from experiments.plan import FIT_OWNER, first_given, names_of, parse_seeds, read_config, short
 from experiments.run import Named, check_writable
+from lifelong_ens.corruptions import CORRUPTIONS, check_name
 from lifelong_ens.ensembles.ensemble import Ensemble
 from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
 from lifelong_ens.report.ensembles import EnsembleReport
@@ -157,8 +158,7 @@ def plan_ensembles(parsed: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePl
     data_options = of_owner(data_owner, given)
     network_options = of_owner(network_owner, given)
     fit = make_fit(of_owner(fit_owner, given))
-    # where images lie is no part of what a run is, so that records mean the same on every machine
-    named = Named(data, {name: value for name, value in data_options.items() if name != "root"})
+    named = _without_root(data, data_options)
     cells = [
         (
             EnsembleCell(
@@ -187,6 +187,55 @@ def plan_ensembles(parsed: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePl
         bool(general["force"]),
         _foreign(general["ood"]),
     )
+
+
+def plan_rows(
+    declared: EnsembleReproduction, given: Mapping[str, Any], rest: Sequence[str], out: Path
+) -> EnsemblePlan:
+    """The cells of a declared table, ready to run.
+
+    Args:
+        declared: Methods with their options, data, network and training.
+        given: ``seeds``, ``device`` and ``force`` from the command line, None where not given.
+        rest: The other arguments, options of data and training.
+        out: The folder.
+
+    Raises:
+        InputError: Something given cannot be used.
+    """
+    network = catalogue.load(catalogue.target_of("network", declared.network))
+    data_owner, fit_owner = (
+        Owner(declared.data, reader(declared.data), hidden=ABOUT_TASKS),
+        Owner(FIT_OWNER, Fit),
+    )
+    options = read_options([data_owner, fit_owner], rest, {})
+    data_options = {**declared.data_options, **of_owner(data_owner, options)}
+    fit = make_fit({**declared.fit, **of_owner(fit_owner, options)})
+    cells = [
+        (
+            EnsembleCell(
+                _without_root(declared.data, data_options),
+                Named(row.method, row.options),
+                Named(declared.network, declared.network_options),
+                fit,
+                declared.num_members,
+                0,
+                seed,
+            ),
+            catalogue.load(catalogue.target_of("method", row.method)),
+        )
+        for seed in parse_seeds(first_given(given.get("seeds"), declared.seeds))
+        for row in declared.rows
+    ]
+    device, force = str(given.get("device") or "auto"), bool(given.get("force"))
+    return EnsemblePlan(
+        cells, network, declared.network_options, declared.data, data_options, Protocol(), out, device, force
+    )
+
+
+def _without_root(data: str, options: Mapping[str, Any]) -> Named:
+    """Where images lie is no part of what a run is, so that records mean the same on every machine."""
+    return Named(data, {name: value for name, value in options.items() if name != "root"})
 
 
 def _protocol(general: Mapping[str, Any]) -> Protocol:
