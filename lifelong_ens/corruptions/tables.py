@@ -2,8 +2,9 @@
 
 Facts taken from ``make_cifar_c.py``, ``make_tinyimagenet_c.py`` and ``make_imagenet_c.py`` in
 github.com/hendrycks/robustness (Hendrycks & Dietterich 2019). Five entries per corruption, severity 1 to 5; what the
-numbers of an entry mean stands with the function of that name. Lengths are in pixels, as published, and are not
-scaled; those of ``elastic_transform``, and the published ones of it, are fractions of the image's side.
+numbers of an entry mean stands with the function of that name. Lengths are in pixels, as published, whatever the size
+of the images; only those of ``elastic_transform`` are parts of the image's side. The third number of ``frost`` is the
+factor by which the published code shrinks its photographs.
 """
 
 from __future__ import annotations

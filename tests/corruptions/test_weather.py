@@ -15,9 +15,10 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_brightness_changes_the_value_of_hsv_alone() -> None:
-    IMAGES[0, :, 0, 0] = 0  # black has no hue
-    brighter = weather.brightness(IMAGES, seeded(), 0.2)
-    for before, after in zip(IMAGES[0].flatten(1).T / 255, brighter[0].flatten(1).T / 255, strict=True):
+    images = IMAGES.clone()
+    images[0, :, 0, 0] = 0  # black has no hue
+    brighter = weather.brightness(images, seeded(), 0.2)
+    for before, after in zip(images[0].flatten(1).T / 255, brighter[0].flatten(1).T / 255, strict=True):
         hue, saturation, value = colorsys.rgb_to_hsv(*before.tolist())
         expected = colorsys.hsv_to_rgb(hue, saturation, min(value + 0.2, 1))
         assert after.tolist() == pytest.approx(expected, abs=1e-5)
