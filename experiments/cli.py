@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.run(parsed, rest) or 0
     except (InputError, NonFiniteLossError) as error:
         return _fail(str(error), parsed.debug)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}; what was finished before is kept", parsed.debug)
@@ -319,11 +323,12 @@ def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     if name == "training":
         print("\n".join(_option_lines(catalogue.FIT)))
         return
-    for kind, builders in catalogue.KINDS.items():
-        if name in builders:
-            entry = catalogue.describe(builders[name])
-            print("\n".join([f"{name} ({kind}): {entry.summary}", *_option_lines(builders[name])]))
-            return
+    # a strategy and a way of making ensembles may have one name
+    described = [(kind, builders[name]) for kind, builders in catalogue.KINDS.items() if name in builders]
+    for kind, target in described:
+        print("\n".join([f"{name} ({kind}): {catalogue.describe(target).summary}", *_option_lines(target)]))
+    if described:
+        return
     if name is not None and name not in plurals:
         known = [
             *plurals,
