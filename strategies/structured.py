@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
-from itertools import combinations
 from typing import Any, Literal
 
 import torch
@@ -15,7 +13,8 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
 from lifelong_ens.errors import InputError
-from lifelong_ens.networks.structured import StructuredNetwork, choose
+from lifelong_ens.networks.choosing import choose, divergence, mean_importance
+from lifelong_ens.networks.structured import StructuredNetwork
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import Optimisation
 from lifelong_ens.training.losses import member_loss
@@ -113,15 +112,7 @@ class StructuredEnsemble(Strategy):
     ) -> None:
         super().__init__(network=network, **options)
         self.choice, self.mask_epochs, self.diversity = dict(choice), mask_epochs, diversity
-        self.mask_fit = replace(
-            self.fit,
-            optimizer="adam",
-            learning_rate=mask_learning_rate,
-            weight_decay=0.0,
-            schedule="constant",
-            warmup_epochs=0.0,
-            clip_norm=None,
-        )
+        self.mask_fit = self.fit.for_scales(mask_learning_rate)
         # scales in training, between which a batch is split
         self._split: list[nn.Parameter] = []
 
@@ -159,20 +150,18 @@ class StructuredEnsemble(Strategy):
         """``|dL / ds|`` of every unit by layer, ``(members, units)``, averaged over the batches of one pass."""
         loader = self.dataloader
         self._task_label = loader.task_label if isinstance(loader, BatchLoader) else None
-        totals = {name: torch.zeros_like(scale) for name, scale in scales.items()}
-        batches_seen = 0
-        with closing(self.counted(loader)) as batches:
-            for batch in batches:
-                self.mbatch = batch
-                with self.optimisation.precision(self.device):
-                    logits = self._logits(batch[0])
-                    mean = logits if logits.dim() == 2 else logits.mean(dim=0)
-                    loss = member_loss(mean, batch[1])
-                gradients = torch.autograd.grad(loss, list(scales.values()), materialize_grads=True)
-                for total, gradient in zip(totals.values(), gradients, strict=True):
-                    total += gradient.abs()
-                batches_seen += 1
-        return {name: total.detach() / max(batches_seen, 1) for name, total in totals.items()}
+
+        def losses() -> Iterator[Tensor]:
+            with closing(self.counted(loader)) as batches:
+                for batch in batches:
+                    self.mbatch = batch
+                    with self.optimisation.precision(self.device):
+                        logits = self._logits(batch[0])
+                        mean = logits if logits.dim() == 2 else logits.mean(dim=0)
+                        loss = member_loss(mean, batch[1])
+                    yield loss
+
+        return mean_importance(losses(), scales)
 
     def penalty(self) -> Tensor | None:
         """The term for diversity, while members' scales are trained."""
@@ -182,29 +171,3 @@ class StructuredEnsemble(Strategy):
         if not self._split:
             return super()._logits(x)
         return self.network.split_logits(x, self.network.num_tasks - 1)
-
-
-def divergence(scales: Sequence[Tensor]) -> Tensor:
-    """How different members' scales ``(members, units)`` are: the sum of ``discrepancy`` over layers and pairs."""
-    pairs = (
-        discrepancy(layer[one], layer[other])
-        for layer in scales
-        for one, other in combinations(range(len(layer)), 2)
-    )
-    return torch.stack(list(pairs)).sum()
-
-
-def discrepancy(a: Tensor, b: Tensor) -> Tensor:
-    """``mean k(a, a) + mean k(b, b) - 2 mean k(a, b)`` of two vectors of n scales, after the maximum mean discrepancy.
-
-    Source: the authors' code StructuredEnsemble, where ``k(a, b)_i = exp(-mean_j (a_i - b_j)^2 / n)``: squares are
-    averaged before the exponential. So this is no discrepancy of distributions, and it can fall below zero, where
-    the code's penalty would reward likeness; ours is one over its absolute value.
-    """
-
-    def kernel(one: Tensor, other: Tensor) -> Tensor:
-        # less 1, which cancels in the sum: it would take the digits of the small differences
-        squares = (one - other.mean()).square() + other.var(correction=0)
-        return torch.expm1(-squares / len(one)).mean()
-
-    return kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lifelong_ens.ensembles.ensemble import Ensemble
     from lifelong_ens.ensembles.separate import fit_deep, fit_single, fit_single_equal_cost
     from lifelong_ens.ensembles.shared import fit_batch_ensemble
+    from lifelong_ens.ensembles.structured import fit_structured
 
 # the name on the command line -> where its function is
 METHODS: dict[str, str] = {
@@ -21,6 +22,7 @@ METHODS: dict[str, str] = {
     "mc_dropout": "lifelong_ens.ensembles.dropout:fit_mc_dropout",
     "deep": "lifelong_ens.ensembles.separate:fit_deep",
     "batch_ensemble": "lifelong_ens.ensembles.shared:fit_batch_ensemble",
+    "structured": "lifelong_ens.ensembles.structured:fit_structured",
 }
 # what a saved ensemble is -> the class that loads it
 KINDS: dict[str, str] = {
@@ -41,6 +43,7 @@ __all__ = [
     "fit_mc_dropout",
     "fit_single",
     "fit_single_equal_cost",
+    "fit_structured",
 ]
 
 

@@ -12,6 +12,8 @@ from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.ensembles.ensemble import Ensemble, finished
 from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
 from lifelong_ens.layers.structured import UNIT_LAYERS
+from lifelong_ens.networks.channels import trace_channels
+from lifelong_ens.networks.cutting import cut_out
 from lifelong_ens.training.data import ImageData
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import evaluating
@@ -27,27 +29,47 @@ class SeparateNetworks(Ensemble):
         networks: The members.
         method: What made them.
         weights: Their shares of the mean probability; equal if not given.
+        widths: Where channels were cut out of the members: for each, how many are left of a group, by its name.
     """
 
     kind = "separate"
 
-    def __init__(self, networks: Iterable[nn.Module], method: str, weights: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        networks: Iterable[nn.Module],
+        method: str,
+        weights: Tensor | None = None,
+        widths: Sequence[Mapping[str, int]] | None = None,
+    ) -> None:
         networks = list(networks)
         super().__init__(len(networks), method, weights)
-        self.networks = nn.ModuleList(networks)
+        self.networks, self.widths = nn.ModuleList(networks), widths
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, ...)`` to ``(members, batch, classes)``."""
+        if x.dim() == 4 and x.device.type == "cpu":
+            # channels side by side: convolutions read them without packing them first, and pooling is vectorised
+            x = x.contiguous(memory_format=torch.channels_last)
         return torch.stack([network(x) for network in self.networks])
 
     def plan(self) -> dict[str, Any]:
-        """How many networks."""
-        return {"num_members": self.num_members}
+        """How many networks, and how wide."""
+        widths = {} if self.widths is None else {"widths": self.widths}
+        return {"num_members": self.num_members, **widths}
 
     @classmethod
     def rebuild(cls, plan: Mapping[str, Any], build_network: BuildNetwork) -> Self:
-        """As many networks as were saved."""
-        return cls((build_network() for _ in range(plan["num_members"])), "")
+        """As many networks as were saved, as wide as they were."""
+        if "widths" not in plan:
+            return cls((build_network() for _ in range(plan["num_members"])), "")
+        whole = build_network()
+        groups = trace_channels(whole)
+        sizes = {group.name: group.size for group in groups}
+        kept = [
+            {name: torch.arange(sizes[name]) < width for name, width in widths.items()}
+            for widths in plan["widths"]
+        ]
+        return cls((cut_out(whole, groups, channels) for channels in kept), "", widths=plan["widths"])
 
     def _num_parameters(self) -> int:
         masked = {id(layer.weight) for layer in self.modules() if isinstance(layer, UNIT_LAYERS)}

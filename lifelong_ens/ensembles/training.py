@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class Training:
         self.network.train()
         with self.meter.timing(), seeded(self.seed + self.epochs_done):
             for _ in range(self.epochs - self.epochs_done if epochs is None else epochs):
-                run_epoch(self._counted(step), self._loss_of, self.optimisation)
+                run_epoch(self.counted(step), self._loss_of, self.optimisation)
                 self.epochs_done += 1
                 if stopping is not None and stopping.should_stop():
                     break
@@ -121,8 +121,8 @@ class Training:
         for images, labels in self.data.subset(order).batches(self.fit.batch_size, self.device):
             yield augment(images, self.fit.augment, self._pixels), labels
 
-    def _counted(self, step: Callable[[], object]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches; what is done with the first of a phase runs under the meter."""
+    def counted(self, step: Callable[[], object] = lambda: None) -> Generator[tuple[Tensor, Tensor]]:
+        """The batches of one more epoch; what is done with the first of a phase runs under the meter."""
         for batch in self._batches():
             rows = len(batch[1])
             if self.meter.measured:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lifelong_ens.layers.structured import fill_layer
 from lifelong_ens.networks.channels import Channels
+from lifelong_ens.networks.plain import Body
 
 
 def keep_channels(body: nn.Module, groups: Sequence[Channels], kept: Sequence[Tensor]) -> None:
@@ -36,6 +38,22 @@ def keep_channels(body: nn.Module, groups: Sequence[Channels], kept: Sequence[Te
                 values = getattr(norm, name)
                 if values is not None:
                     values.data = values.data[channels]
+
+
+def cut_out(network: nn.Module, groups: Sequence[Channels], kept: Mapping[str, Tensor]) -> nn.Module:
+    """A smaller dense copy of ``network``, with these channels alone.
+
+    Args:
+        network: A plain network.
+        groups: Its channels, from ``trace_channels``.
+        kept: By name of the group, ``(size,)`` booleans; a group that is not named keeps all of its channels.
+    """
+    small = copy.deepcopy(network)
+    everything = {group.name: torch.ones(group.size, dtype=torch.bool) for group in groups}
+    keep_channels(small, groups, [kept.get(name, all_of_it) for name, all_of_it in everything.items()])
+    if isinstance(small, Body) and isinstance(small.fc, nn.Linear):
+        small.num_features = small.fc.in_features
+    return small
 
 
 def positions(channels: Tensor, per_channel: int) -> Tensor:

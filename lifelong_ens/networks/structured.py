@@ -16,6 +16,7 @@ from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.norm import MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.structured import UNIT_LAYERS, StructuredBatchNorm, StructuredLayer, Units
 from lifelong_ens.networks.channels import Channels, trace_channels
+from lifelong_ens.networks.choosing import member_of_rows
 from lifelong_ens.networks.cutting import keep_channels, positions
 from lifelong_ens.networks.growing import take_shapes
 from lifelong_ens.networks.plain import without_classifier
@@ -193,10 +194,9 @@ class StructuredNetwork(TaskNetwork):
         The first ``batch // members`` rows are the first member's, as many the next one's, and so on; what is left over
         is the first one's.
         """
-        count, rows = self.members_per_task, torch.arange(len(x), device=x.device)
-        block = len(x) // count
-        members = torch.where(rows < block * count, rows // max(block, 1), 0)
-        return self._run(x, task, task if count == 1 else task * count + members)
+        count = self.members_per_task
+        members = task if count == 1 else task * count + member_of_rows(len(x), count, x.device)
+        return self._run(x, task, members)
 
     def export_task(self, task: int, member: int = 0) -> nn.Module:
         """One member of a task as a smaller dense network: what is off is cut out; equal to 1e-5.
@@ -278,51 +278,6 @@ class StructuredNetwork(TaskNetwork):
                 if isinstance(norm, StructuredBatchNorm) and norm.reads is not None:
                     norm.num_features = self.units.widths[-1][norm.reads]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def choose(
-    importance: Mapping[str, Tensor],
-    free: Mapping[str, Tensor],
-    quantile: float,
-    *,
-    scope: str = "local",
-    pruning: str = "hard",
-) -> dict[str, Tensor]:
-    """Free units whose importance reaches the quantile of those it is compared with.
-
-    ``hard`` compares a unit with the free ones, ``soft`` with all; ``local`` within its layer, ``global`` over all
-    layers (the code divides by the sum of all importances before, which changes no order). Units of equal importance
-    stand in the order of their index, where a threshold would take all of them: dead units all have importance 0.
-    While a layer has free units it gives at least its most important one.
-
-    Args:
-        importance: By layer, ``(units,)``.
-        free: By layer, ``(units,)`` booleans.
-        quantile: Share of what is compared that is left out, in [0, 1).
-        scope: ``local`` or ``global``.
-        pruning: ``hard`` or ``soft``.
-
-    Returns:
-        By layer, ``(units,)`` booleans, all of them free units.
-    """
-    groups = [[name] for name in importance] if scope == "local" else [list(importance)]
-    chosen: dict[str, Tensor] = {}
-    for names in groups:
-        score = torch.cat([importance[name] for name in names])
-        is_free = torch.cat([free[name] for name in names])
-        compared = is_free if pruning == "hard" else torch.ones_like(is_free)
-        # ranks from 0 among what is compared; the others stand before them
-        order = torch.where(compared, score, -torch.inf).argsort(stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device) - int((~compared).sum())
-        reaches = is_free & (rank >= quantile * (int(compared.sum()) - 1) - 1e-9)
-        parts = reaches.split([len(importance[name]) for name in names])
-        chosen.update(zip(names, parts, strict=True))
-    for name, units in chosen.items():
-        if free[name].any() and not units.any():
-            best = torch.where(free[name], importance[name], -torch.inf).argmax()
-            chosen[name] = units.index_fill(0, best, True)
-    return chosen
 
 
 def _structured(body: nn.Module, units: Units, groups: Sequence[Channels]) -> nn.Module:

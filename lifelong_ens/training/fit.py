@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lifelong_ens.errors import InputError
@@ -55,3 +55,15 @@ class Fit:
                 raise InputError(f"{name} is above 0, not {value}.")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience is at least 1 epoch, not {self.patience}.")
+
+    def for_scales(self, learning_rate: float) -> Fit:
+        """The same batches and precision for numbers that choose units: Adam at a constant rate and nothing more."""
+        return replace(
+            self,
+            optimizer="adam",
+            learning_rate=learning_rate,
+            weight_decay=0.0,
+            schedule="constant",
+            warmup_epochs=0.0,
+            clip_norm=None,
+        )

@@ -75,6 +75,7 @@ SPECS = (
     Spec("batch_ensemble"),
     Spec("batch_ensemble", {"preset": "paper"}, "paper"),
     Spec("batch_ensemble", {"preset": "fast"}, "fast"),
+    Spec("structured", {"mask_epochs": 2}),
 )
 METHODS = pytest.mark.parametrize("spec", SPECS, ids=[spec.label for spec in SPECS])
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lifelong_ens.accounting.components import sizes
 from lifelong_ens.errors import InputError
 from lifelong_ens.networks.channels import trace_channels
+from lifelong_ens.networks.choosing import choose
 from lifelong_ens.networks.plain import lenet5, mlp, resnet18, resnet20, vgg11_half
-from lifelong_ens.networks.structured import StructuredNetwork, choose
+from lifelong_ens.networks.structured import StructuredNetwork
 
 
 def grown(
@@ -40,28 +41,6 @@ def grown(
             network(torch.randn(8, *shape) + 0.5, network.num_tasks - 1)
         network.finish_task()
     return network.eval()
-
-
-def test_choose_by_hand():
-    importance = {"a": torch.tensor([0.9, 0.1, 0.5, 0.3]), "b": torch.tensor([9.0, 2.0, 3.0, 1.0])}
-    free = {"a": torch.tensor([False, True, True, True]), "b": torch.tensor([True, True, True, True])}
-
-    def chosen(**options: str) -> dict[str, list[int]]:
-        found = choose(importance, free, 0.5, **options)
-        return {name: units.nonzero().squeeze(1).tolist() for name, units in found.items()}
-
-    assert chosen() == {"a": [2, 3], "b": [0, 2]}
-    # over all units of a layer, 0.9 counts too: the quantile of a is 0.4
-    assert chosen(pruning="soft") == {"a": [2], "b": [0, 2]}
-    # among 7 free units the 4th is the threshold; b's are larger throughout, and a keeps its best
-    assert chosen(scope="global") == {"a": [2], "b": [0, 1, 2, 3]}
-    assert chosen(scope="global", pruning="soft") == {"a": [2], "b": [0, 1, 2, 3]}
-
-
-def test_units_of_no_importance_take_no_more_than_their_share():
-    free = {"a": torch.ones(10, dtype=torch.bool)}
-    assert int(choose({"a": torch.zeros(10)}, free, 0.7)["a"].sum()) == 10 - math.ceil(0.7 * 9)
-    assert not choose({"a": torch.rand(10)}, {"a": ~free["a"]}, 0.5)["a"].any()
 
 
 def test_masks_are_a_bit_for_every_unit_and_member():

@@ -9,16 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
-from torch import Tensor, nn
+from torch import nn
 
 from lifelong_ens.accounting.components import Size, sizes
 from lifelong_ens.errors import InputError
+from lifelong_ens.networks.choosing import divergence
 from lifelong_ens.networks.plain import mlp
 from lifelong_ens.networks.structured import StructuredNetwork
 from lifelong_ens.training.fit import Fit
 from strategies import structured_ensemble
 from strategies.evaluation import accuracy
-from strategies.structured import StructuredEnsemble, discrepancy, divergence
+from strategies.structured import StructuredEnsemble
 from streams import split_digits
 
 TASKS = 5
@@ -178,21 +179,6 @@ def test_only_the_scales_learn_in_their_phase(benchmark):
     assert torch.equal(states[0][0], states[1][0])
     assert not torch.equal(states[0][1], states[1][1])
     assert strategy.network.body.features[1].scale is None
-
-
-def test_discrepancy_is_the_sum_of_its_kernels():
-    a, b = torch.randn(7).double(), (torch.randn(7) + 0.5).double()
-
-    def kernel(one: Tensor, other: Tensor) -> float:
-        rows = [math.exp(-sum(float(i - j) ** 2 for j in other) / 7 / 7) for i in one]
-        return sum(rows) / 7
-
-    expected = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
-    assert float(discrepancy(a, b)) == pytest.approx(expected, rel=1e-9)
-    assert float(discrepancy(a, a)) == 0
-    layers = [torch.stack([a, b, 2 * a]), torch.stack([b, a, a])]
-    pairs = ((a, b), (a, 2 * a), (b, 2 * a), (b, a), (b, a), (a, a))
-    assert float(divergence(layers)) == pytest.approx(sum(float(discrepancy(*pair)) for pair in pairs))
 
 
 class KeepingScales(StructuredEnsemble):
