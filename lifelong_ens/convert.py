@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.attention import Rank1MultiheadAttention
 from lifelong_ens.layers.bank import Selection, banks
+from lifelong_ens.layers.hyper import HyperLayer
 from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
 from lifelong_ens.replication import replicate, replicate_late
@@ -41,7 +42,14 @@ AFFINE_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 }
 # why a module stays shared when that was asked for, by include, exclude or norm
 CHOSEN = "as asked"
-MEMBER_LAYERS = (Rank1Layer, Rank1MultiheadAttention, MemberBatchNorm, MemberLayerNorm, MemberGroupNorm)
+MEMBER_LAYERS = (
+    Rank1Layer,
+    Rank1MultiheadAttention,
+    HyperLayer,
+    MemberBatchNorm,
+    MemberLayerNorm,
+    MemberGroupNorm,
+)
 
 
 @dataclass(frozen=True)
@@ -81,11 +89,13 @@ def convert(
     init: str = "random_sign",
     norm: Norms = "per_member",
     bias: Biases = "per_member",
+    selection: Selection | None = None,
     **layer_options: Any,
 ) -> tuple[nn.Module, Selection]:
     """A copy of ``model`` with members, and the selection its layers read; arguments: ``batch_ensemble``.
 
-    Other options, ``implicit_first``, ``rank`` and ``additive``, are those of ``Rank1Layer.add_members``.
+    The selection may be given. Other options, ``implicit_first``, ``rank`` and ``additive``, are those of
+    ``Rank1Layer.add_members``.
 
     Raises:
         UnfitNetworkError: Nothing matched, or a matched module has no form with members; the line says which and
@@ -101,7 +111,7 @@ def convert(
     for entry in plan:
         if entry.target is None and entry.reason != CHOSEN:
             log.warning("%s (%s) stays shared by all members: %s", entry.name, entry.source, entry.reason)
-    model, selection = copy.deepcopy(model), Selection()
+    model, selection = copy.deepcopy(model), selection or Selection()
     options = {"init": init, "bias": bias, "selection": selection, **layer_options}
     replacements: dict[nn.Module, nn.Module] = {}
     for entry in plan:

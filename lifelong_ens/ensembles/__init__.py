@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lifelong_ens.ensembles.dropout import fit_mc_dropout
     from lifelong_ens.ensembles.ensemble import Ensemble
+    from lifelong_ens.ensembles.hyper_batch import fit_hyper_batch, fit_self_tuning
+    from lifelong_ens.ensembles.hyper_deep import fit_fixed_init_hyper, fit_hyper_deep
     from lifelong_ens.ensembles.separate import fit_deep, fit_single, fit_single_equal_cost
     from lifelong_ens.ensembles.shared import fit_batch_ensemble
     from lifelong_ens.ensembles.structured import fit_structured
@@ -22,11 +24,16 @@ METHODS: dict[str, str] = {
     "mc_dropout": "lifelong_ens.ensembles.dropout:fit_mc_dropout",
     "deep": "lifelong_ens.ensembles.separate:fit_deep",
     "batch_ensemble": "lifelong_ens.ensembles.shared:fit_batch_ensemble",
+    "hyper_deep": "lifelong_ens.ensembles.hyper_deep:fit_hyper_deep",
+    "fixed_init_hyper": "lifelong_ens.ensembles.hyper_deep:fit_fixed_init_hyper",
+    "hyper_batch": "lifelong_ens.ensembles.hyper_batch:fit_hyper_batch",
+    "self_tuning": "lifelong_ens.ensembles.hyper_batch:fit_self_tuning",
     "structured": "lifelong_ens.ensembles.structured:fit_structured",
 }
 # what a saved ensemble is -> the class that loads it
 KINDS: dict[str, str] = {
     "dropout": "lifelong_ens.ensembles.dropout:DropoutNetwork",
+    "hyper_batch": "lifelong_ens.ensembles.hyper_batch:HyperBatchEnsemble",
     "separate": "lifelong_ens.ensembles.separate:SeparateNetworks",
     "shared": "lifelong_ens.ensembles.shared:SharedNetwork",
 }
@@ -40,7 +47,11 @@ __all__ = [
     "Ensemble",
     "fit_batch_ensemble",
     "fit_deep",
+    "fit_fixed_init_hyper",
+    "fit_hyper_batch",
+    "fit_hyper_deep",
     "fit_mc_dropout",
+    "fit_self_tuning",
     "fit_single",
     "fit_single_equal_cost",
     "fit_structured",

@@ -76,6 +76,10 @@ SPECS = (
     Spec("batch_ensemble", {"preset": "paper"}, "paper"),
     Spec("batch_ensemble", {"preset": "fast"}, "fast"),
     Spec("structured", {"mask_epochs": 2}),
+    Spec("hyper_deep", {"num_candidates": 3}, members=None),
+    Spec("fixed_init_hyper", {"num_candidates": 4}, members=None),
+    Spec("hyper_batch", {"tuning_learning_rate": 0.03, "l2": (0.01, 1.0)}),
+    Spec("self_tuning", {"tuning_learning_rate": 0.03, "l2": (0.01, 1.0)}, members=1),
 )
 METHODS = pytest.mark.parametrize("spec", SPECS, ids=[spec.label for spec in SPECS])
 
