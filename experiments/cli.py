@@ -288,7 +288,9 @@ def _ensemble_epilog() -> str:
 
 def _reproduce_epilog() -> str:
     lines = ["reproductions:", *_reproduction_lines(), ""]
-    lines += ["Options of the stream and of training are given by name: --root DIR, --limit 50, --epochs 3."]
+    lines += [
+        "Its options (lifelong-ens list NAME) and those of training are given by name: --root DIR --epochs 3."
+    ]
     return "\n".join(lines)
 
 
@@ -327,11 +329,16 @@ def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     described = [(kind, builders[name]) for kind, builders in catalogue.KINDS.items() if name in builders]
     for kind, target in described:
         print("\n".join([f"{name} ({kind}): {catalogue.describe(target).summary}", *_option_lines(target)]))
-    if described:
+    if name in reproduce.NAMES:
+        declared = reproduce.find(name)
+        lines = [f"{name} (reproduction): {declared.summary}", *_option_lines(declared.options)]
+        print("\n".join(lines))
+    if described or name in reproduce.NAMES:
         return
     if name is not None and name not in plurals:
         known = [
             *plurals,
+            *reproduce.NAMES,
             "reproductions",
             "training",
             *(one for builders in catalogue.KINDS.values() for one in builders),
@@ -349,10 +356,7 @@ def _reproduce(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         _refuse(rest)
         print("\n".join(_reproduction_lines()))
         return
-    declared = reproduce.find(parsed.name)
-    from experiments.reproduce.engine import reproduce as run_reproduction
-
-    table, out = run_reproduction(declared, vars(parsed), rest)
+    table, out = reproduce.find(parsed.name).run(vars(parsed), rest)
     print(f"{table.markdown()}\nrecords and tables: {out}")
 
 

@@ -316,7 +316,7 @@ class Run:
             "notes": self.strategy.network.notes() if isinstance(self.strategy, Strategy) else [],
             "state_sha256": tensors_sha256(network_of(self.strategy).state_dict()),
             "versions": {package: version(package) for package in PACKAGES},
-            "commit": commit(),
+            "commit": commit_here(),
             "device": device_name(self.strategy.device),
             "started": self.started,
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -366,7 +366,7 @@ def _seeded(seed: int) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def commit() -> str | None:
+def commit_here() -> str | None:
     """The commit of the checkout that this file is in, if it is in one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
@@ -376,7 +376,7 @@ def commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """The kind of a device, and the name of a GPU."""
+    """As records state it."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 

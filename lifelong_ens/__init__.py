@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lifelong_ens.convert import batch_ensemble, plan_conversion
+    from lifelong_ens.convert import SELF_ATTENTION, batch_ensemble, plan_conversion
     from lifelong_ens.errors import InputError
     from lifelong_ens.networks.batch_ensemble import BatchEnsembleNetwork
     from lifelong_ens.networks.task import MultiHead, TaskNetwork
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lifelong_ens.training.fit import Fit
 
 _WHERE = {
+    "SELF_ATTENTION": "lifelong_ens.convert",
     "BatchEnsembleNetwork": "lifelong_ens.networks.batch_ensemble",
     "Fit": "lifelong_ens.training.fit",
     "InputError": "lifelong_ens.errors",
@@ -28,6 +29,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "SELF_ATTENTION",
     "BatchEnsembleNetwork",
     "Fit",
     "InputError",

@@ -21,7 +21,7 @@ from lifelong_ens.layers.bank import Selection, banks
 from lifelong_ens.layers.hyper import HyperLayer
 from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
-from lifelong_ens.replication import replicate, replicate_late
+from lifelong_ens.replication import replicate_late
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ AFFINE_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: MemberLayerNorm,
     nn.GroupNorm: MemberGroupNorm,
 }
+# `include` for members on self-attention alone, as in BatchEnsemble's translation models; attention from one sequence
+# to another, `multihead_attn` in torch's decoder, stays shared
+SELF_ATTENTION: tuple[str, ...] = ("*self_attn", "*self_attention")
 # why a module stays shared when that was asked for, by include, exclude or norm
 CHOSEN = "as asked"
 MEMBER_LAYERS = (
@@ -139,10 +142,11 @@ def batch_ensemble(
     Source: Wen et al., ICLR 2020, section 3.1. With ``init="ones"`` every member starts as ``model`` itself.
 
     Args:
-        model: Any network whose input is one tensor with the batch on its first axis.
+        model: Any network with the batch on the first axis of its inputs and outputs.
         num_members: How many members.
         include: Convert only these: names or glob patterns (``"layer4.*"``), module types, or predicates of
-            (name, module). None means every layer and norm that has a form with members.
+            (name, module). None means every layer and norm that has a form with members; ``SELF_ATTENTION``
+            is the choice of the paper for Transformers.
         exclude: Leave these as they are; wins over ``include``.
         init: How fast weights start: random signs (the paper), N(1, 0.5^2) (the authors' later code), or
             ones.
@@ -177,32 +181,53 @@ class MemberNetwork(nn.Module):
         # not a module of this one: its layers are those of the body
         self._late = (replicate_late(body, lambda module: isinstance(module, MEMBER_LAYERS)),)
 
-    def forward(self, x: Tensor, members: Sequence[int] | None = None, ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *more: Any,
+        members: Sequence[int] | None = None,
+        ids: Tensor | None = None,
+        unbatched: Sequence[str] = (),
+        **named: Any,
+    ) -> Any:
         """Show every row to the given members, or each row to one.
 
         Args:
             x: Inputs ``(batch, ...)``.
+            more: Further inputs of the network; what is no tensor is passed on as it is.
             members: Which members see all rows; None for all.
             ids: Instead, one member per row, int64 ``(batch,)``.
+            unbatched: Names of inputs in ``named`` that hold for all rows, such as a causal mask ``(L, L)``.
+            named: Inputs given by name; as those in ``more`` they have the batch on their first axis.
 
         Returns:
-            Outputs ``(members, batch, ...)``; with ``ids``, ``(batch, ...)``.
+            Outputs ``(members, batch, ...)``; with ``ids``, ``(batch, ...)``. Of a network that returns a tuple, as
+            ``nn.MultiheadAttention``, a tuple of such.
+
+        Raises:
+            ValueError: An input does not have the batch on its first axis.
         """
         if ids is not None:
             if ids.shape != x.shape[:1]:
                 raise ValueError(f"ids name one member per row: expected {len(x)} of them, not {len(ids)}.")
             self._check(ids.tolist())
             with self.selection.of(ids):
-                return self.body(x)
+                return self.body(x, *more, **named)
         chosen = range(self.num_members) if members is None else members
         self._check(chosen)
         if len(chosen) == 1:
             with self.selection.of(chosen[0]):
-                return self.body(x).unsqueeze(0)
+                return _by_member(self.body(x, *more, **named), 1, len(x))
+        late = None if more or named else self._late[0]
         with self.selection.of(None if members is None else tuple(members)):
-            late = self._late[0]
-            out = self.body(replicate(x, len(chosen))) if late is None else late(x, len(chosen))
-        return out.unflatten(0, (len(chosen), len(x)))
+            if late is not None:
+                return _by_member(late(x, len(chosen)), len(chosen), len(x))
+            positional = [_stacked(one, len(chosen), len(x)) for one in (x, *more)]
+            by_name = {
+                name: one if name in unbatched else _stacked(one, len(chosen), len(x))
+                for name, one in named.items()
+            }
+            return _by_member(self.body(*positional, **by_name), len(chosen), len(x))
 
     def split(self, x: Tensor) -> Tensor:
         """Show each row to one member: ``(batch, ...)`` to ``(batch, classes)``, in blocks of nearly equal length."""
@@ -221,6 +246,25 @@ class MemberNetwork(nn.Module):
         wrong = [member for member in members if not 0 <= member < self.num_members]
         if wrong or not len(members):
             raise IndexError(f"members {wrong} do not exist; this network has 0 to {self.num_members - 1}.")
+
+
+def _stacked(value: Any, times: int, batch: int) -> Any:
+    """A block of rows for every member; a mask ``(batch * heads, L, S)`` has several rows for each of the batch."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.dim() or len(value) % max(batch, 1):
+        raise ValueError(
+            f"an input of shape {tuple(value.shape)} does not have the batch of {batch} on its first axis; "
+            "if it holds for all rows, give it by name and name it in unbatched."
+        )
+    return value.repeat(times, *[1] * (value.dim() - 1))
+
+
+def _by_member(out: Any, times: int, batch: int) -> Any:
+    """``(members * batch, ...)`` as ``(members, batch, ...)``, in a tuple each tensor."""
+    if isinstance(out, tuple):
+        return tuple(_by_member(one, times, batch) for one in out)
+    return out.unflatten(0, (times, batch)) if isinstance(out, Tensor) else out
 
 
 def export(body: nn.Module, member: int) -> nn.Module:

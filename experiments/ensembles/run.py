@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from experiments.ensembles.data import Images
 from experiments.ensembles.evaluation import Protocol, evaluate
-from experiments.run import PACKAGES, Named, commit, device_name, digest
+from experiments.run import PACKAGES, Named, commit_here, device_name, digest
 from lifelong_ens.ensembles.ensemble import Ensemble
 from lifelong_ens.errors import DamagedFileError, InputError
 from lifelong_ens.report.ensemble_records import SCHEMA, check_ensemble_record
@@ -110,7 +110,7 @@ def run_cell(
         **evaluate(ensemble, images, protocol),
         "spent": asdict(ensemble.spent),
         "versions": {package: version(package) for package in PACKAGES},
-        "commit": commit(),
+        "commit": commit_here(),
         "device": device_name(device),
         "started": started,
         "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),

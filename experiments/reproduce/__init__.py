@@ -1,10 +1,10 @@
-"""Tables of papers and questions of our own as data, one module each; importing this loads no torch."""
+"""Tables of papers and questions of our own, declared in one module each; importing this loads no torch."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from experiments.reproduce.declaration import Reproduction
+from experiments.reproduce.declaration import Declared
 from lifelong_ens.errors import InputError, nearest
 
 # the name on the command line is the name of the module
@@ -14,10 +14,11 @@ NAMES = (
     "split_tiny_imagenet",
     "structured_memory",
     "gap_to_independent",
+    "translation",
 )
 
 
-def find(name: str) -> Reproduction:
+def find(name: str) -> Declared:
     """The reproduction of that name.
 
     Raises:

@@ -1,13 +1,69 @@
-"""What a reproduction declares: data only, so that a row, a published number or a difference is one line."""
+"""What a reproduction declares: data only, so that a row, a published number or a difference is one line.
+
+The command line knows a reproduction by what ``Declared`` has: a name, a summary, and how it runs.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
+
+import streams
 
 Options = Mapping[str, Any]
+
+
+class Shown(Protocol):
+    """A finished table."""
+
+    def markdown(self) -> str:
+        """The whole of ``table.md``."""
+        ...
+
+    def block(self) -> str:
+        """The table and its setting, without title and notes; what README shows."""
+        ...
+
+
+class Declared(Protocol):
+    """Any reproduction; what it runs with is imported when it runs."""
+
+    @property
+    def name(self) -> str:
+        """On the command line, and of its module."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        ...
+
+    @property
+    def options(self) -> str:
+        """Whose options it takes beside those of training, ``module:name``."""
+        ...
+
+    def run(self, given: Mapping[str, Any], rest: Sequence[str]) -> tuple[Shown, Path]:
+        """Run what has no record yet and write tables beside the records.
+
+        Args:
+            given: ``quick``, ``seeds``, ``out``, ``device`` and ``force`` from the command line, None where not given.
+            rest: The other arguments, options by name.
+
+        Returns:
+            The table, and the folder that it was written to.
+
+        Raises:
+            InputError: Something given cannot be used.
+        """
+        ...
+
+    def table_of(self, folder: Path) -> Shown:
+        """The table of the newest runs whose records are in ``folder``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +110,7 @@ class Quick:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A table: what runs, what was published, and how the two settings differ.
+    """A table of strategies over a stream: what runs, what was published, and how the two settings differ.
 
     Attributes:
         name: On the command line.
@@ -89,6 +145,24 @@ class Reproduction:
     notes: tuple[str, ...] = ()
     reference: str | None = None
     after_tasks: tuple[int, ...] = ()
+
+    @property
+    def options(self) -> str:
+        """The stream's builder."""
+        return streams.BUILDERS[self.stream]
+
+    def run(self, given: Mapping[str, Any], rest: Sequence[str]) -> tuple[Shown, Path]:
+        """See ``experiments.reproduce.engine.reproduce``."""
+        from experiments.reproduce.engine import reproduce
+
+        return reproduce(self, given, rest)
+
+    def table_of(self, folder: Path) -> Shown:
+        """The table of the newest runs whose records are in ``folder``."""
+        from experiments.reproduce.table import Table
+        from lifelong_ens.report.records import load_records
+
+        return Table.of(self, load_records(folder))
 
     def quickened(self) -> Reproduction:
         """The same table with fewer epochs, images, seeds or trials."""

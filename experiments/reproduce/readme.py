@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from experiments import reproduce
-from experiments.reproduce.table import Table
-from lifelong_ens.report.records import load_records
 
 RESULTS = Path("experiments/results")
 
@@ -14,7 +12,7 @@ RESULTS = Path("experiments/results")
 def refreshed(text: str, results: Path) -> str:
     """``text`` with the table of each folder of ``results`` between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     for folder in sorted(results.iterdir()):
-        block = Table.of(reproduce.find(folder.name), load_records(folder)).block()
+        block = reproduce.find(folder.name).table_of(folder).block()
         mark = f"<!-- table {folder.name} -->"
         before, found, after = text.partition(f"{mark}\n")
         if found:
@@ -25,7 +23,7 @@ def refreshed(text: str, results: Path) -> str:
 def main() -> None:
     """Write README's tables and every committed ``table.md``."""
     for folder in RESULTS.iterdir():
-        table = Table.of(reproduce.find(folder.name), load_records(folder))
+        table = reproduce.find(folder.name).table_of(folder)
         (folder / "table.md").write_text(table.markdown())
     readme = Path("README.md")
     readme.write_text(refreshed(readme.read_text(), RESULTS))

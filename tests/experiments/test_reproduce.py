@@ -22,6 +22,9 @@ from experiments.reproduce.table import Table
 from lifelong_ens.errors import InputError
 from lifelong_ens.report.records import load_records
 
+# the others have engines, and tests, of their own
+OVER_STREAMS = [name for name in reproduce.NAMES if isinstance(reproduce.find(name), Reproduction)]
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 SMALL = Reproduction(
@@ -55,7 +58,7 @@ def run(out: Path, declared: Reproduction = SMALL, *rest: str, **given) -> Table
     return table
 
 
-@pytest.mark.parametrize("name", reproduce.NAMES)
+@pytest.mark.parametrize("name", OVER_STREAMS)
 @pytest.mark.parametrize("quick", [False, True])
 def test_every_row_names_builders_and_options_that_exist(name, quick):
     declared = reproduce.find(name)
@@ -74,7 +77,7 @@ def test_every_row_names_builders_and_options_that_exist(name, quick):
     inspect.signature(stream).bind_partial(**stream_options)
 
 
-@pytest.mark.parametrize("name", reproduce.NAMES)
+@pytest.mark.parametrize("name", OVER_STREAMS)
 def test_rows_have_one_label_each_and_a_vanilla_network(name):
     declared = reproduce.find(name)
     labels = [row.label for row in declared.rows]
@@ -212,10 +215,18 @@ def test_names_are_listed(capsys):
     assert "did you mean be_cost_table" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", reproduce.NAMES)
+def test_its_options_are_listed(name, capsys):
+    assert main(["list", name]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{name} (")  # one is called as its stream is, whose options it takes
+    assert "\n  --" in shown
+
+
 def test_readme_and_tables_are_made_from_the_committed_records():
     readme = (REPOSITORY / "README.md").read_text()
     assert refreshed(readme, REPOSITORY / RESULTS) == readme
     for folder in (REPOSITORY / RESULTS).iterdir():
-        table = Table.of(reproduce.find(folder.name), load_records(folder))
+        table = reproduce.find(folder.name).table_of(folder)
         assert (folder / "table.md").read_text() == table.markdown()
         assert f"<!-- table {folder.name} -->" in readme
