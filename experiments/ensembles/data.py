@@ -14,21 +14,12 @@ from torch import Tensor
 
 from experiments import catalogue
 from experiments.compare import taken
+from experiments.ensembles import STREAMS
 from lifelong_ens.errors import InputError
 from lifelong_ens.training.data import ImageData
 
 log = logging.getLogger(__name__)
 
-# the name on the command line -> the stream whose images they are
-STREAMS = {
-    "digits": "split_digits",
-    "mnist": "split_mnist",
-    "fashion_mnist": "split_fashion_mnist",
-    "cifar10": "split_cifar10",
-    "cifar100": "split_cifar100",
-    "tiny_imagenet": "split_tiny_imagenet",
-    "image_folder": "image_folder",
-}
 # a test set of foreign images need not be larger to tell two ensembles apart
 MAX_FOREIGN = 10_000
 

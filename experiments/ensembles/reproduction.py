@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import streams
+from experiments.ensembles import STREAMS
+
 Options = Mapping[str, Any]
 
 
@@ -76,6 +79,11 @@ class EnsembleReproduction:
     quick: Options
     images: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> str:
+        """The builder of the stream whose images it is."""
+        return streams.BUILDERS[STREAMS[self.data]]
 
     def run(self, given: Mapping[str, Any], rest: Sequence[str]) -> tuple[EnsembleTable, Path]:
         """Run what has no record yet and write ``table.md`` and the report beside the records.

@@ -14,6 +14,7 @@ NAMES = (
     "split_tiny_imagenet",
     "structured_memory",
     "gap_to_independent",
+    "ensembles_cifar",
     "translation",
 )
 
