@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from lifelong_ens.accounting.components import component_of_modules
 from lifelong_ens.layers.pairs import Pairs
 from lifelong_ens.layers.rank1 import Rank1Layer
+from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.training.loop import evaluating
 
 aten = torch.ops.aten
@@ -177,3 +178,42 @@ def forward_flops(network: nn.Module, run: Callable[[], object]) -> FlopMeter:
     with evaluating(network), FlopMeter(network) as meter:
         run()
     return meter
+
+
+class LayerCall(NamedTuple):
+    """One run of a linear or convolution layer.
+
+    Attributes:
+        weight: The layer's.
+        flops: Of this run.
+        input_learns: Whether training computes the gradient of its input: not that of images.
+    """
+
+    weight: Tensor
+    flops: float
+    input_learns: bool
+
+
+def layer_calls(network: nn.Module, x: Tensor, gradients: bool = False) -> list[LayerCall]:
+    """Every run of a linear or convolution layer that ``x`` causes, in their order; nothing of the network changes.
+
+    Args:
+        network: On any device, meta too.
+        x: Inputs ``(batch, ...)``.
+        gradients: Whether to find out which inputs learn; takes the memory of a training step.
+    """
+    found: list[LayerCall] = []
+
+    def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        flops = 2.0 * output.numel() * layer.weight[0].numel()
+        found.append(LayerCall(layer.weight, flops, inputs[0].requires_grad))
+
+    layers = [module for module in network.modules() if isinstance(module, UNIT_LAYERS)]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with evaluating(network), torch.set_grad_enabled(gradients):
+            network(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lifelong_ens.ensembles.dropout import fit_mc_dropout
     from lifelong_ens.ensembles.ensemble import Ensemble
+    from lifelong_ens.ensembles.freetickets import fit_dst, fit_edst, fit_prune_finetune, fit_static_sparse
     from lifelong_ens.ensembles.hyper_batch import fit_hyper_batch, fit_self_tuning
     from lifelong_ens.ensembles.hyper_deep import fit_fixed_init_hyper, fit_hyper_deep
     from lifelong_ens.ensembles.separate import fit_deep, fit_single, fit_single_equal_cost
@@ -28,6 +29,10 @@ METHODS: dict[str, str] = {
     "fixed_init_hyper": "lifelong_ens.ensembles.hyper_deep:fit_fixed_init_hyper",
     "hyper_batch": "lifelong_ens.ensembles.hyper_batch:fit_hyper_batch",
     "self_tuning": "lifelong_ens.ensembles.hyper_batch:fit_self_tuning",
+    "dst": "lifelong_ens.ensembles.freetickets:fit_dst",
+    "edst": "lifelong_ens.ensembles.freetickets:fit_edst",
+    "static_sparse": "lifelong_ens.ensembles.freetickets:fit_static_sparse",
+    "prune_finetune": "lifelong_ens.ensembles.freetickets:fit_prune_finetune",
     "structured": "lifelong_ens.ensembles.structured:fit_structured",
 }
 # what a saved ensemble is -> the class that loads it
@@ -47,13 +52,17 @@ __all__ = [
     "Ensemble",
     "fit_batch_ensemble",
     "fit_deep",
+    "fit_dst",
+    "fit_edst",
     "fit_fixed_init_hyper",
     "fit_hyper_batch",
     "fit_hyper_deep",
     "fit_mc_dropout",
+    "fit_prune_finetune",
     "fit_self_tuning",
     "fit_single",
     "fit_single_equal_cost",
+    "fit_static_sparse",
     "fit_structured",
 ]
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from lifelong_ens.accounting.flops import layer_calls
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.ensembles.ensemble import Ensemble, finished
 from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
@@ -16,7 +17,6 @@ from lifelong_ens.networks.channels import trace_channels
 from lifelong_ens.networks.cutting import cut_out
 from lifelong_ens.training.data import ImageData
 from lifelong_ens.training.fit import Fit
-from lifelong_ens.training.loop import evaluating
 from lifelong_ens.training.seeding import derived_seed
 
 
@@ -79,27 +79,10 @@ class SeparateNetworks(Ensemble):
         )
 
     def _zero_flops(self, x: Tensor) -> float:
-        return sum(flops * (1 - density) for flops, density in layer_flops(self, x))
-
-
-def layer_flops(network: nn.Module, x: Tensor) -> list[tuple[float, float]]:
-    """FLOPs of ``x`` through each linear and convolution layer, in the order they run, and the weight's density."""
-    found: list[tuple[float, float]] = []
-
-    def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        density = float(torch.count_nonzero(layer.weight)) / layer.weight.numel()
-        found.append((2.0 * output.numel() * layer.weight[0].numel(), density))
-
-    handles = [
-        module.register_forward_hook(note) for module in network.modules() if isinstance(module, UNIT_LAYERS)
-    ]
-    try:
-        with evaluating(network):
-            network(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+        calls = layer_calls(self, x)
+        return sum(
+            call.flops * (1 - int(call.weight.count_nonzero()) / call.weight.numel()) for call in calls
+        )
 
 
 def fit_deep(

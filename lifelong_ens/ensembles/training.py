@@ -173,14 +173,18 @@ def train_network(
         progress: Hears of every step.
         **options: Of ``Training``.
     """
-    training = Training(network, train, fit, **options)
+    run_all(Training(network, train, fit, **options), validation, label, progress)
+    return network
+
+
+def run_all(training: Training, validation: ImageData | None, label: str, progress: Progress) -> None:
+    """Run a training to its end, with early stopping where its ``fit.patience`` asks for it."""
     stopping = None
-    if fit.patience is not None:
+    if training.fit.patience is not None:
         if validation is None:
             raise InputError("patience needs validation images; give --validation 0.1.")
-        stopping = Stopping(network, validation, fit.patience)
+        stopping = Stopping(training.network, validation, training.fit.patience)
     training.run(step=progress(label, training.epochs * training.steps_per_epoch), stopping=stopping)
-    return network
 
 
 def new_network(build_network: BuildNetwork, seed: int, device: torch.device | str) -> nn.Module:

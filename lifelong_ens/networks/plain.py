@@ -183,6 +183,62 @@ def resnet32(num_classes: int | None = None, *, input_shape: Shape = (3, 32, 32)
     return _resnet(input_shape, [width, 2 * width, 4 * width], 5, num_classes)
 
 
+class PreActivationBlock(nn.Module):
+    """Two 3x3 convolutions, each behind its norm and ReLU (He et al., ECCV 2016), with dropout before the second.
+
+    Where the shape changes, the shortcut is a 1x1 convolution of what the first convolution reads.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int, dropout: float) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.shortcut = None
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Conv2d(channels_in, channels_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, C_in, H, W)`` to ``(batch, C_out, H / stride, W / stride)``."""
+        active = F.relu(self.bn1(x))
+        out = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(active)))))
+        return out + (x if self.shortcut is None else self.shortcut(active))
+
+
+def wrn28_10(
+    num_classes: int | None = None,
+    *,
+    input_shape: Shape = (3, 32, 32),
+    width: int = 10,
+    dropout: float = 0.0,
+) -> Body:
+    """Wide ResNet-28-10 (Zagoruyko and Komodakis 2016): three stages of four pre-activation blocks.
+
+    The widths are 16, then 16, 32 and 64 times ``width``: 36,479,194 parameters with a classifier of ten classes.
+    Convolutions start as N(0, 2 / fan_out).
+
+    Args:
+        num_classes: Width of the classifier; None for a body without one.
+        input_shape: ``(C, H, W)`` of one image.
+        width: Multiplies the channels of every stage.
+        dropout: Share of the activations dropped between the two convolutions of a block.
+    """
+    layers: list[nn.Module] = [nn.Conv2d(input_shape[0], 16, 3, padding=1, bias=False)]
+    before = 16
+    for stage, channels in enumerate((16 * width, 32 * width, 64 * width)):
+        for block in range(4):
+            layers.append(PreActivationBlock(before, channels, 2 if stage and not block else 1, dropout))
+            before = channels
+    layers += [nn.BatchNorm2d(before), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    network = Body(nn.Sequential(*layers), before, num_classes)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
 def without_classifier(model: nn.Module) -> nn.Module:
     """Turn a classifier such as torchvision's into a body: its last linear layer makes way for the features.
 

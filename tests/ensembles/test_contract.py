@@ -80,6 +80,10 @@ SPECS = (
     Spec("fixed_init_hyper", {"num_candidates": 4}, members=None),
     Spec("hyper_batch", {"tuning_learning_rate": 0.03, "l2": (0.01, 1.0)}),
     Spec("self_tuning", {"tuning_learning_rate": 0.03, "l2": (0.01, 1.0)}, members=1),
+    Spec("dst"),
+    Spec("edst"),
+    Spec("static_sparse"),
+    Spec("prune_finetune"),
 )
 METHODS = pytest.mark.parametrize("spec", SPECS, ids=[spec.label for spec in SPECS])
 

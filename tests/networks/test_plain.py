@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from lifelong_ens import networks
+from lifelong_ens import batch_ensemble, networks
 from lifelong_ens.errors import InputError
 from lifelong_ens.networks.plain import (
     lenet5,
@@ -15,8 +16,10 @@ from lifelong_ens.networks.plain import (
     reinitialise,
     resnet18,
     resnet20,
+    resnet32,
     vgg11_half,
     without_classifier,
+    wrn28_10,
 )
 
 
@@ -24,6 +27,8 @@ from lifelong_ens.networks.plain import (
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 47, 33)])
 def test_every_builder_gives_features_or_logits(name: str, shape: tuple[int, int, int]) -> None:
     builder = getattr(networks, name)
+    if name == "wrn28_10":
+        builder = functools.partial(builder, width=1)
     x = torch.randn(2, *shape)
     body = builder(input_shape=shape).eval()
     assert body(x).shape == (2, body.num_features)
@@ -80,6 +85,45 @@ def test_vgg11_half_has_the_published_number_of_weights() -> None:
         assert sum(len(layer.weight) for layer in convolutions) == 1_376
         assert body.num_features == 256
         assert sum(isinstance(module, nn.BatchNorm2d) for module in body.modules()) == norms
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("build", "single", "four_members"),
+    [
+        (functools.partial(wrn28_10, 10), 36_479_194, 36_557_548),
+        (functools.partial(wrn28_10, 100), 36_536_884, 36_615_868),
+        (functools.partial(resnet32, 10, width=64), 7_427_914, 7_466_652),
+    ],
+)
+def test_wide_networks_have_the_counted_parameters(build, single: int, four_members: int) -> None:
+    # BatchEnsemble's networks, in uncertainty-baselines: 36.5 M and 36.6 M, 7.43 M and 7.47 M
+    with torch.device("meta"):
+        network = build()
+        assert count(network) == single
+        assert count(batch_ensemble(network, 4, norm="shared")) == four_members
+
+
+def test_wide_network_normalises_before_it_convolves() -> None:
+    block = wrn28_10(width=1, dropout=0.5).features[5].eval()
+    x = torch.randn(2, 16, 8, 8)
+    active = torch.relu(block.bn1(x))
+    first = torch.relu(block.bn2(block.conv1(active)))
+    torch.testing.assert_close(block(x), block.conv2(first) + block.shortcut(active))
+    torch.manual_seed(0)
+    assert not torch.equal(block.train()(x), block(x))
+    unchanged = wrn28_10(width=1).features[1]
+    assert unchanged.shortcut is None
+    nn.init.zeros_(unchanged.conv2.weight)
+    torch.testing.assert_close(unchanged(x), x)
+
+
+def test_wide_network_starts_with_the_variance_of_its_outputs() -> None:
+    weight = wrn28_10(width=4).features[9].conv2.weight.detach()
+    assert float(weight.std()) == pytest.approx((2 / (9 * weight.shape[0])) ** 0.5, rel=0.02)
 
 
 @pytest.mark.parametrize(("builder", "strides"), [(resnet18, 8), (resnet20, 4)])
