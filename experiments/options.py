@@ -82,12 +82,30 @@ def read_options(
             kinds.setdefault(f"{owner.name}.{name}", kind)
             if name in owner.plain():
                 kinds.setdefault(name, kind)
-    given = {**flatten(config), **_pairs(arguments)}
+    given = _gathered({**flatten(config), **_pairs(arguments)}, kinds)
     for name in given:
         if name not in kinds:
             valid = [one for one in [*kinds, *also] if ("." in one) == ("." in name)]
             raise InputError(f"unknown option --{name}; {nearest(name, valid)}")
     return {name: typed(name, value, kinds[name]) for name, value in given.items()}
+
+
+def _gathered(given: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of an option that is a dataclass, ``owner.option.field``, together as one dictionary."""
+    gathered: dict[str, Any] = {}
+    for name, value in given.items():
+        whole, _, field = name.rpartition(".")
+        if name not in kinds and _dataclass_in(kinds.get(whole)) is not None:
+            gathered.setdefault(whole, {})[field] = value
+        else:
+            gathered[name] = value
+    return gathered
+
+
+def _dataclass_in(kind: Any) -> Any:
+    """A dataclass, also if it may be None; None where it is something else."""
+    options = [kind, *typing.get_args(kind)]
+    return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
 
 
 def of_owner(owner: Owner, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,6 +151,15 @@ def typed(name: str, value: Any, kind: Any) -> Any:
     Raises:
         InputError: It is of another type.
     """
+    together = _dataclass_in(kind)
+    if together is not None and isinstance(value, Mapping):
+        kinds = typing.get_type_hints(together)
+        for field in value:
+            if field not in kinds:
+                raise InputError(f"unknown option --{name}.{field}; {nearest(field, kinds)}")
+        return together(
+            **{field: typed(f"{name}.{field}", one, kinds[field]) for field, one in value.items()}
+        )
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:
@@ -141,13 +168,15 @@ def typed(name: str, value: Any, kind: Any) -> Any:
             if isinstance(value, str)
             else parser.parse_object({"value": value})
         )
+        return parsed.value
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise InputError(f"--{name} {value}: expected {readable(kind)}.") from error
-    return parsed.value
 
 
 def readable(kind: Any) -> str:
     """A type in words: the choices of a literal, else its name."""
+    if (together := _dataclass_in(kind)) is not None:
+        return "its fields, each by name: " + ", ".join(one.name for one in dataclasses.fields(together))
     if typing.get_origin(kind) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     return (

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
@@ -46,7 +46,7 @@ class Named:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what JSON cannot hold is written as text."""
-        return {"name": self.name, "options": json.loads(json.dumps(dict(self.options), default=str))}
+        return {"name": self.name, "options": json.loads(json.dumps(dict(self.options), default=_plain))}
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class Cell:
     def label(self) -> str:
         """For people."""
         return f"{self.strategy.name} seed {self.seed}"
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def digest(value: Any) -> str:

@@ -64,7 +64,8 @@ def fit_dst(
         device: Where they are trained.
         progress: Hears of every step.
         sparsity: Share of linear and convolution weights that is zero.
-        updates: When and how masks move.
+        updates: When and how masks move: ``updates.growth`` gradient or random, ``.every`` so many steps, ``.rate``,
+            ``.decay`` constant or cosine, ``.until``, ``.grown_momentum`` zero or kept; see ``MaskUpdates``.
         init: ``scaled`` divides the weights that a mask leaves by the root of their layer's density, so that outputs
             vary as much as those of a dense layer; ``plain`` does not (the release, whose networks have norms).
     """
@@ -183,7 +184,7 @@ def fit_edst(
         device: Where it is trained.
         progress: Hears of every step.
         sparsity: Share of linear and convolution weights that is zero.
-        updates: When and how masks move, in exploration and in refinements.
+        updates: When and how masks move, in exploration and in refinements; as in ``dst``.
         init: ``scaled`` divides the weights that a mask leaves by the root of their layer's density, so that outputs
             vary as much as those of a dense layer; ``plain`` does not (the release, whose networks have norms).
         phases: Epochs of the exploration and of each refinement, relative to those of ``fit``: the paper's 150 and 100
