@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.hooks import RemovableHandle
 
 from lifelong_ens.accounting.components import component_of_modules
+from lifelong_ens.layers.hyper import HyperLayer
 from lifelong_ens.layers.pairs import Pairs
 from lifelong_ens.layers.rank1 import Rank1Layer
 from lifelong_ens.layers.structured import UNIT_LAYERS
@@ -92,6 +93,8 @@ class FlopMeter:
             handles.append(module.register_forward_hook(self._count_rank1))
         if isinstance(module, Pairs):
             handles.append(module.register_forward_hook(self._count_pairs))
+        if isinstance(module, HyperLayer):
+            handles.append(module.register_forward_hook(self._count_response))
         return handles
 
     def _count_rank1(self, layer: Rank1Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -99,6 +102,11 @@ class FlopMeter:
         forward, backward = count(layer, inputs[0], output)
         self.by_component["fast_weights"] += forward
         self.rank1_backward += backward if torch.is_grad_enabled() else 0
+
+    def _count_response(self, layer: HyperLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # the response times e; backward, one product towards either
+        self.by_component["embedding"] += output.numel()
+        self.backward += 2 * output.numel() * torch.is_grad_enabled()
 
     def _count_pairs(self, pairs: Pairs, inputs: tuple[int], matrix: Tensor) -> None:
         # the forward product is seen as it runs; so are its two gradients, but among those of everything else

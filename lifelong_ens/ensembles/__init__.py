@@ -38,7 +38,7 @@ METHODS: dict[str, str] = {
 # what a saved ensemble is -> the class that loads it
 KINDS: dict[str, str] = {
     "dropout": "lifelong_ens.ensembles.dropout:DropoutNetwork",
-    "hyper_batch": "lifelong_ens.ensembles.hyper_batch:HyperBatchEnsemble",
+    "hyper_batch": "lifelong_ens.ensembles.hyper_ensemble:HyperBatchEnsemble",
     "separate": "lifelong_ens.ensembles.separate:SeparateNetworks",
     "shared": "lifelong_ens.ensembles.shared:SharedNetwork",
 }

@@ -7,17 +7,17 @@ hyper-parameters drawn for every example, and their distribution is tuned on val
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lifelong_ens.accounting.meter import TrainingMeter
-from lifelong_ens.convert import Norms, convert, export, replace_modules
+from lifelong_ens.convert import Norms
 from lifelong_ens.ensembles.ensemble import Ensemble, finished
-from lifelong_ens.ensembles.space import LABEL_SMOOTHING, Range, Space, hyper_space, needed_validation
+from lifelong_ens.ensembles.hyper_ensemble import HyperBatchEnsemble
+from lifelong_ens.ensembles.space import Range, needed_validation
 from lifelong_ens.ensembles.training import (
     BuildNetwork,
     Progress,
@@ -26,180 +26,10 @@ from lifelong_ens.ensembles.training import (
     silent,
     train_network,
 )
-from lifelong_ens.layers.hyper import HyperDropout, HyperLayer, HyperSelection
-from lifelong_ens.layers.log_uniform import LogUniform
-from lifelong_ens.layers.rank1 import Rank1Layer
+from lifelong_ens.layers.hyper import HyperLayer
 from lifelong_ens.training.data import ImageData
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.seeding import derived_seed, seeded
-
-
-class HyperBatchEnsemble(Ensemble):
-    """A BatchEnsemble whose members' weights are functions of hyper-parameters; each answers at the mean of its own.
-
-    Attributes:
-        body: The network, with ``HyperLayer`` and ``HyperDropout`` in place of torch's layers.
-        bounds: The distribution of the members' hyper-parameters.
-        space: What the hyper-parameters are.
-
-    Args:
-        network: What is converted; it stays as it is.
-        num_members: How many members.
-        method: What makes it.
-        ranges: Of the hyper-parameters, as ``hyper_space`` has them.
-        num_images: Training images.
-        init: How fast weights start, as in ``batch_ensemble``.
-        norm: As in ``batch_ensemble``.
-        tied: One pair of fast weights per member and layer for W and D, and the L2 norm is that of ``W + diag(e) D``;
-            else a pair each, and the norm is that of the members' weights.
-    """
-
-    kind = "hyper_batch"
-
-    def __init__(
-        self,
-        network: nn.Module,
-        num_members: int,
-        method: str,
-        *,
-        ranges: Mapping[str, Any],
-        num_images: int,
-        init: str = "gaussian",
-        norm: Norms = "shared",
-        tied: bool = True,
-    ) -> None:
-        super().__init__(num_members, method)
-        self.space = hyper_space(network, num_images, **ranges)
-        self.tied = tied
-        self._plan = {"ranges": dict(ranges), "num_images": num_images, "norm": norm, "tied": tied}
-        self.selection = HyperSelection()
-        self.body = with_hyper_members(
-            network, num_members, self.space, self.selection, init=init, norm=norm, tied=tied
-        )
-        self.bounds = LogUniform(num_members, self.space.low, self.space.high)
-        self.to(next(network.parameters()).device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(batch, ...)`` to ``(members, batch, classes)``."""
-        return self.logits_at(x, self.bounds.mean())
-
-    def logits_at(self, x: Tensor, values: Tensor) -> Tensor:
-        """Every member's logits for every row, ``(members, batch, classes)``, at given hyper-parameters.
-
-        Args:
-            x: Inputs, ``(batch, ...)``.
-            values: Of every member, ``(members, hyper-parameters)``, or of every member and row, ``(members, batch,
-                hyper-parameters)``.
-        """
-        scaled = self.bounds.scaled(values)
-        rows = x.repeat(self.num_members, *[1] * (x.dim() - 1))
-        # one member's dense weight may be cheaper than scaling activations
-        members = 0 if self.num_members == 1 else None
-        with self.selection.of(members), self.selection.at(values.flatten(0, -2), scaled.flatten(0, -2)):
-            return self.body(rows).unflatten(0, (self.num_members, len(x)))
-
-    def training_loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        """Mean of the members' losses at hyper-parameters drawn for every member and example (equation 8).
-
-        Cross entropy with the example's label smoothing, computed with its dropout rates, plus its L2 norms divided
-        by the number of training images. No gradient reaches the distribution.
-        """
-        with torch.no_grad():
-            values = self.bounds.sample(len(x))
-        log_probs = self.logits_at(x, values).float().log_softmax(dim=-1)
-        loss = -log_probs.gather(2, labels.expand(self.num_members, -1).unsqueeze(-1)).squeeze(-1)
-        if LABEL_SMOOTHING in self.space.ranges:
-            smoothing = values[..., self.space.index(LABEL_SMOOTHING)].to(loss.dtype)
-            loss = torch.lerp(loss, -log_probs.mean(dim=-1), smoothing)
-        return loss.mean() + self.l2(values)
-
-    def l2(self, values: Tensor) -> Tensor:
-        """The L2 term of the loss at hyper-parameters ``(members, examples, hyper-parameters)``, exactly; a scalar."""
-        scaled, total = self.bounds.scaled(values), values.new_zeros(())
-        # products of what is in float32, not under autocast
-        with torch.autocast(values.device.type, enabled=False):
-            for name, groups in self.space.layers.items():
-                layer = self.body.get_submodule(name)
-                if isinstance(layer, HyperLayer):
-                    kernel, bias = (values[..., self.space.index(group)] for group in groups)
-                    total = total + layer.l2(scaled, kernel, bias, fast_weights=not self.tied)
-        return total / self.space.num_images
-
-    def tuning_loss(self, x: Tensor, labels: Tensor, entropy_weight: float) -> Tensor:
-        """The ensemble's negative log-likelihood at drawn hyper-parameters, less their entropy (equation 9).
-
-        The entropy is the mean over members and hyper-parameters, as in the authors' code; the paper writes the sum.
-        """
-        log_probs = self.logits_at(x, self.bounds.sample(len(x))).float().log_softmax(dim=-1)
-        mixed = torch.logsumexp(log_probs, dim=0) - math.log(self.num_members)
-        return -mixed.gather(1, labels.unsqueeze(1)).mean() - entropy_weight * self.bounds.entropy().mean()
-
-    def hyper_parameters(self) -> dict[str, list[float]]:
-        """What each member answers at, by name."""
-        means = self.bounds.mean().detach().T.tolist()
-        return dict(zip(self.space.ranges, means, strict=True))
-
-    def export_member(self, member: int) -> nn.Module:
-        """One member as the plain network it was converted from; equal to 1e-6 in evaluation."""
-        with torch.no_grad():
-            means = self.bounds.mean()
-            with self.selection.at(means, self.bounds.scaled(means)):
-                body = export(self.body, member)
-        dropouts = [module for module in body.modules() if isinstance(module, HyperDropout)]
-        return replace_modules(
-            body, {one: one.export(float(means[member, one.coordinate])) for one in dropouts}
-        )
-
-    def plan(self) -> dict[str, Any]:
-        """How it is converted and what its hyper-parameters are."""
-        return {"num_members": self.num_members, **self._plan}
-
-    @classmethod
-    def rebuild(cls, plan: Mapping[str, Any], build_network: BuildNetwork) -> Self:
-        """The same conversion of the same network."""
-        options = {**plan}
-        return cls(build_network(), options.pop("num_members"), "", **options)
-
-
-def with_hyper_members(
-    model: nn.Module,
-    num_members: int,
-    space: Space,
-    selection: HyperSelection,
-    *,
-    init: str = "gaussian",
-    norm: Norms = "shared",
-    tied: bool = True,
-) -> nn.Module:
-    """A copy of any network whose linear layers and convolutions are functions of hyper-parameters, with members.
-
-    Attention stays as it is and shared. Trained weights are kept, as W.
-
-    Args:
-        model: The network.
-        num_members: How many members.
-        space: The hyper-parameters.
-        selection: What all layers will read.
-        init: As in ``batch_ensemble``.
-        norm: As in ``batch_ensemble``.
-        tied: As in ``HyperLayer``.
-
-    Raises:
-        UnfitNetworkError: No layer can be converted.
-    """
-    body, _ = convert(
-        model, num_members, exclude=[nn.MultiheadAttention], init=init, norm=norm, selection=selection
-    )
-    options: dict[str, Any] = {"init": init, "tied": tied}
-    replacements: dict[nn.Module, nn.Module] = {
-        module: HyperLayer(module, selection, len(space.ranges), **options)
-        for module in body.modules()
-        if isinstance(module, Rank1Layer)
-    }
-    for name, coordinate in space.dropouts.items():
-        module = body.get_submodule(name)
-        replacements[module] = HyperDropout(module, selection, space.index(coordinate))
-    return replace_modules(body, replacements)
 
 
 class Tuner:
@@ -289,7 +119,7 @@ def fit_hyper_batch(  # noqa: PLR0913 the method has these options
     entropy_weight: float = 1e-3,
     tune_every: int = 3,
     init: str = "gaussian",
-    norm: Norms = "shared",
+    norm: Norms = "per_member",
     tied: bool = True,
 ) -> Ensemble:
     """A hyper-batch ensemble: a BatchEnsemble whose members tune their own hyper-parameters while they train.
@@ -298,8 +128,10 @@ def fit_hyper_batch(  # noqa: PLR0913 the method has these options
     as norms, and never on fast weights and embeddings.
 
     Source: Wenzel et al., NeurIPS 2020, section 4; defaults as in the authors' code for Wide ResNets, but for the fast
-    weights, N(1, 0.75^2) there, label smoothing, which the paper tunes and the code does not, and the start of the
-    bounds, here the whole range.
+    weights, N(1, 0.75^2) there, norms, shared there, label smoothing, which the paper tunes and the code does not, and
+    the start of the bounds, here the whole range. They are for a hundred thousand steps on fifty thousand images: with
+    a thousand steps the members have not learnt how to answer to hyper-parameters, and the bounds hardly move; give a
+    lower ``l2`` and a higher ``tuning_learning_rate``.
 
     Args:
         build_network: Makes one untrained classifier.
@@ -317,7 +149,7 @@ def fit_hyper_batch(  # noqa: PLR0913 the method has these options
         entropy_weight: Of the mean entropy over members and hyper-parameters.
         tune_every: Training steps for one tuning step.
         init: How fast weights start: ``random_sign``, ``gaussian`` or ``ones``.
-        norm: ``per_member``, ``statistics_only`` or ``shared``, as the authors have it.
+        norm: ``per_member``, ``statistics_only``, or ``shared`` as the authors have it.
         tied: One pair of fast weights per member and layer, outside the L2 norm, as the authors have it for Wide
             ResNets; else two, inside it.
     """
@@ -407,9 +239,11 @@ def _fit(
     num_members: int,
     **options: Any,
 ) -> Ensemble:
-    network = new_network(build_network, seed, device)
+    # made where it is the same for every device
+    network = new_network(build_network, seed, "cpu")
     with seeded(derived_seed(seed, -1)):
         ensemble = HyperBatchEnsemble(network, num_members, method, num_images=len(train), **options)
+    ensemble.to(device)
     if fit.compile:
         ensemble.body.compile()
     tuner, meter = Tuner(ensemble, validation, fit, seed=seed, **tuning), TrainingMeter()

@@ -217,7 +217,8 @@ def fit_hyper_deep(
     """A hyper-deep ensemble: random search, greedy selection, every choice with every seed, greedy selection again.
 
     The training of all candidates is charged to it: ``num_candidates + U (num_members - 1)`` networks where U different
-    configurations were picked. They are kept in the CPU's memory until the ensemble is chosen.
+    configurations were picked. They are kept in the CPU's memory until the ensemble is chosen. On few validation images
+    the selection often ends early, with fewer members than asked for.
 
     Source: Wenzel et al., NeurIPS 2020, Algorithm 1; ranges as in the authors' code for Wide ResNets, dropout as for
     their small networks. There 50 or 100 configurations are drawn.

@@ -102,9 +102,7 @@ class HyperLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.base, self.selection = base, selection
-        bias, base.private_bias = base.private_bias, None
-        self.response = copy.deepcopy(base)
-        base.private_bias = bias
+        self.response, bias = copy.deepcopy(base), base.private_bias
         weight = base.get_parameter("weight")
         self.response.weight = nn.Parameter(torch.empty_like(weight))  # pyright: ignore
         nn.init.kaiming_normal_(self.response.weight, nonlinearity="relu")  # pyright: ignore

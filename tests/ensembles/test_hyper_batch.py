@@ -18,10 +18,13 @@ from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.convert import batch_ensemble
 from lifelong_ens.ensembles import fit_hyper_batch, fit_self_tuning
 from lifelong_ens.ensembles.ensemble import Ensemble
-from lifelong_ens.ensembles.hyper_batch import HyperBatchEnsemble, Tuner, _groups
+from lifelong_ens.ensembles.hyper_batch import Tuner, _groups
+from lifelong_ens.ensembles.hyper_ensemble import HyperBatchEnsemble
 from lifelong_ens.ensembles.training import Training
 from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.hyper import HyperDropout, HyperLayer
+from lifelong_ens.layers.log_uniform import LogUniform
+from lifelong_ens.metrics.uncertainty import nll
 from lifelong_ens.networks import mlp, resnet20
 from lifelong_ens.training.fit import Fit
 
@@ -206,7 +209,7 @@ def test_training_moves_no_bound_and_tuning_nothing_else(build_network, digits):
         optimizer.step()
     trained = state()
     for name, tensor in trained.items():
-        learned = name.startswith("body.") and ("active" in name or "weight" in name)
+        learned = name.startswith("body.") and name.endswith(("active", "weight"))
         if name.startswith("bounds."):
             assert torch.equal(tensor, before[name]), name
         elif learned:
@@ -238,6 +241,43 @@ def test_three_training_steps_for_one_of_tuning_and_both_are_counted(digits):
     assert ensemble.spent.flops == pytest.approx(expected, rel=1e-6)
     # gradients towards weights are not computed in tuning
     assert tuning.total < training.total
+
+
+def test_flops_of_a_forward_pass_by_component():
+    ensemble = make(MLP(), 3)
+    with FlopMeter(ensemble) as meter, torch.no_grad():
+        ensemble(torch.randn(5, *SHAPE))
+    rows, ins, outs = 3 * 5, 64 + 32 + 32, 32 + 32 + 10
+    slow = 64 * 32 + 32 * 32 + 32 * 10
+    assert meter.by_component == {
+        "shared": 2 * rows * slow,
+        "response": 2 * rows * slow,
+        "fast_weights": 2 * rows * (ins + outs),
+        # one embedding a member of five hyper-parameters, for weights and biases; and a product for every output
+        "embedding": 2 * 3 * 5 * 2 * outs + rows * outs,
+    }
+    assert meter.backward == 0
+
+
+def test_tuning_lowers_a_coefficient_that_harms(digits):
+    """Logistic regression under L2 terms that start far too strong."""
+    train, validation, _ = digits
+
+    def linear() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    options = {"l2": (1.0, 1e3), "label_smoothing": None, "tuning_learning_rate": 0.1}
+    fit = Fit(epochs=20, batch_size=32, learning_rate=0.02, weight_decay=0.0)
+    ensemble = fit_self_tuning(linear, train, validation, fit=fit, seed=0, **options)
+    (tuned,) = ensemble.hyper_parameters()["l2_output"]
+    start = LogUniform(1, torch.tensor([1.0]), torch.tensor([1e3])).mean().item()
+    assert start == pytest.approx(144.6, abs=0.1)
+    assert tuned < 30
+    x, labels = validation.batch(torch.arange(len(validation)))
+    with torch.no_grad():
+        before = nll(ensemble.logits_at(x, torch.full((1, 2), start)).log_softmax(-1), labels)
+        after = nll(ensemble(x).log_softmax(-1), labels)
+    assert after < before
 
 
 def test_adam_on_both_bounds_at_the_given_rate(digits):
@@ -278,9 +318,7 @@ def test_dropout_rates_are_tuned_and_reach_the_loss(digits):
     assert not torch.equal(ensemble.logits_at(x, values), ensemble.logits_at(x, values))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"tied": False, "norm": "per_member"}, {"amp": True}, {"patience": 1}]
-)
+@pytest.mark.parametrize("options", [{}, {"tied": False, "norm": "shared"}, {"amp": True}, {"patience": 1}])
 def test_variants_train_save_and_load(options, digits, tmp_path):
     train, validation, test = digits
     fit = Fit(epochs=2, batch_size=32, **{k: v for k, v in options.items() if k in ("amp", "patience")})
@@ -345,7 +383,9 @@ def test_as_many_parameters_as_the_published_wide_resnet(classes, network, heads
     """73.1 and 73.2 million with six L2 coefficients and four members (Wenzel et al., Table 2 and the public code)."""
     with torch.device("meta"):
         model = wide_resnet(classes)
-        ensemble = HyperBatchEnsemble(model, 4, "hyper_batch", ranges={"l2": (0.1, 100.0)}, num_images=47_500)
+        ensemble = HyperBatchEnsemble(
+            model, 4, "hyper_batch", ranges={"l2": (0.1, 100.0)}, num_images=47_500, norm="shared"
+        )
     assert list(ensemble.space.ranges) == ["l2_input", "l2_1", "l2_2", "l2_3", "l2_output", "l2_output_bias"]
     stored = {name: size.parameters for name, size in sizes(ensemble).items()}
     assert stored.pop("embedding") == heads
