@@ -184,7 +184,7 @@ class HyperGrid:
         networks = []
         for place, count in picks.items():
             one = candidates[place]
-            log.info(
+            log.debug(
                 "%s has %d times seed %d of %s", method, count, one.number, one.values or "the given options"
             )
             networks += [one.network] if one.network is not None else []

@@ -228,7 +228,7 @@ def _row(group: Any, single: Any) -> dict[str, str]:
 
     difference = group.set_index("seed")["nll"] - single
     return {
-        "members": quantity(values("num_members")),
+        "members": f"{round(mean_and_std(values('num_members'))[0], 1):g}",
         "accuracy %": percent(values("accuracy")),
         "NLL": _number(values("nll")),
         "NLL - single": _signed([float(value) for value in difference.dropna()]),
