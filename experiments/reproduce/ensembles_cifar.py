@@ -72,8 +72,8 @@ REPRODUCTION = EnsembleReproduction(
         "or 36.5 M, and trains for fewer epochs on fewer images, so only the order of methods can be compared.",
         "Hyper-deep ensembles search 5 configurations, the published ones 100; those of Uncertainty Baselines are not "
         "stratified over seeds.",
-        "Sparse members have 80 % zeros, structured ones lose half of the channels inside blocks. No figures of FreeTickets "
-        "and Structured Ensembles for these networks are at hand.",
+        "Sparse members have 80 % zeros, structured ones lose half of the channels inside blocks. No figures of "
+        "FreeTickets and Structured Ensembles for these networks are at hand.",
         "The published tables train on all 50,000 images; here a tenth of them is held out for validation.",
     ),
 )
