@@ -15,6 +15,7 @@ NAMES = (
     "structured_memory",
     "gap_to_independent",
     "ensembles_cifar",
+    "ensemble_orderings",
     "translation",
 )
 

@@ -9,7 +9,18 @@ import pytest
 
 from experiments.cli import main
 
-SMALL = ["--limit", "200", "--width", "16", "--layers", "1", "--evaluate_every", "5", "--vocabulary_size", "300"]
+SMALL = [
+    "--limit",
+    "200",
+    "--width",
+    "16",
+    "--layers",
+    "1",
+    "--evaluate_every",
+    "5",
+    "--vocabulary_size",
+    "300",
+]
 
 
 def test_the_quick_form_prints_perplexity_and_bleu_of_both(
