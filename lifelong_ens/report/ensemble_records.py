@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lifelong_ens.errors import DamagedFileError, InputError
+from lifelong_ens.errors import DamagedFileError
+from lifelong_ens.report.records import read_records
 from lifelong_ens.store import read_json
 
 SCHEMA = 1
-
-_logger = logging.getLogger(__name__)
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "data": Mapping,
@@ -65,28 +63,8 @@ def check_ensemble_record(record: Any, source: str) -> None:
 
 
 def load_ensemble_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records in ``out/records/*.json`` as they were started; damaged ones are left out, named in a warning.
-
-    Raises:
-        InputError: There is no record, or none that can be read.
-    """
-    folder = Path(out) / "records"
-    records: list[dict[str, Any]] = []
-    damaged: list[DamagedFileError] = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            record = read_json(path)
-            check_ensemble_record(record, os.fspath(path))
-        except DamagedFileError as error:
-            damaged.append(error)
-            _logger.warning("left out of the report: %s", error)
-        else:
-            records.append(record)
-    if damaged and not records:
-        raise InputError(f"none of the {len(damaged)} records in {folder} can be read: {damaged[0]}")
-    if not records:
-        raise InputError(f"no records in {folder}; run `lifelong-ens ensemble --out {os.fspath(out)}` first")
-    return sorted(records, key=lambda record: str(record.get("started")))
+    """The records of ``ensemble`` in a folder, see ``read_records``."""
+    return read_records(out, check_ensemble_record, "ensemble")
 
 
 def holds_ensembles(out: str | os.PathLike[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,19 @@ def check_tuning(protocol: Any, source: str) -> None:
 
 
 def load_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of ``compare`` in a folder, see ``read_records``."""
+    return read_records(out, check_record, "compare")
+
+
+def read_records(
+    out: str | os.PathLike[str], check: Callable[[Any, str], None], command: str
+) -> list[dict[str, Any]]:
     """The records in ``out/records/*.json`` as they were started; damaged ones are left out, named in a warning.
+
+    Args:
+        out: The folder.
+        check: Raises ``DamagedFileError`` of what is no record; told the file's name.
+        command: That makes such records.
 
     Raises:
         InputError: if there is no record, or none that can be read; the first one's trouble is in the
@@ -112,7 +124,7 @@ def load_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.json")):
         try:
             record = read_json(path)
-            check_record(record, os.fspath(path))
+            check(record, os.fspath(path))
         except DamagedFileError as error:
             damaged.append(error)
             _logger.warning("left out of the report: %s", error)
@@ -121,7 +133,7 @@ def load_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if damaged and not records:
         raise InputError(f"none of the {len(damaged)} records in {folder} can be read: {damaged[0]}")
     if not records:
-        raise InputError(f"no records in {folder}; run `lifelong-ens compare --out {os.fspath(out)}` first")
+        raise InputError(f"no records in {folder}; run `lifelong-ens {command} --out {os.fspath(out)}` first")
     return sorted(records, key=lambda record: str(record.get("started")))
 
 
