@@ -15,6 +15,7 @@ from experiments.ensembles.data import Images
 from lifelong_ens.corruptions import CORRUPTIONS, SEVERITIES, corrupted_sets
 from lifelong_ens.corruptions.cifar_c import read_cifar_c
 from lifelong_ens.ensembles.ensemble import Ensemble
+from lifelong_ens.errors import InputError
 from lifelong_ens.metrics import diversity, out_of_distribution, uncertainty
 from lifelong_ens.metrics.temperature import fit_temperature
 from lifelong_ens.training.data import ImageData
@@ -56,6 +57,22 @@ class Predictions:
     mean: Tensor
     labels: Tensor
     seconds: float
+
+
+def check_protocol(protocol: Protocol, images: Images) -> None:
+    """See before anything is trained whether the official files are there and are of these images.
+
+    Raises:
+        InputError: They are not.
+    """
+    if protocol.cifar_c is None:
+        return
+    pixels, labels = read_cifar_c(protocol.cifar_c, CORRUPTIONS[0], SEVERITIES[0])
+    if tuple(pixels.shape[1:]) != images.test.image_shape or int(labels.max()) + 1 != len(images.class_names):
+        raise InputError(
+            f"{protocol.cifar_c} has {int(labels.max()) + 1} classes of 3x32x32 images, {images.name} has "
+            f"{len(images.class_names)} of {'x'.join(map(str, images.test.image_shape))}: take --corruptions instead."
+        )
 
 
 def predict(ensemble: Ensemble, data: ImageData) -> Predictions:

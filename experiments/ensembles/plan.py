@@ -14,7 +14,7 @@ from torch import nn
 from experiments import catalogue
 from experiments.compare import choose_device, taken, warm_up
 from experiments.ensembles.data import Images, read_foreign, read_images, reader
-from experiments.ensembles.evaluation import Protocol
+from experiments.ensembles.evaluation import Protocol, check_protocol
 from experiments.ensembles.reproduction import EnsembleReproduction
 from experiments.ensembles.run import EnsembleCell, discard, finished_record, protocol_dict, run_cell
 from experiments.options import Owner, make_fit, of_owner, read_options
@@ -87,6 +87,7 @@ class EnsemblePlan:
         device = choose_device(self.device)
         check_writable(self.out)
         images = self._images()
+        check_protocol(self.protocol, images)
         build = self._network_for(images)
         warm_up(device)
         wanted = protocol_dict(self.protocol, images)

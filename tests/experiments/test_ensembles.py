@@ -201,6 +201,15 @@ def test_not_mnist_and_photographs_are_foreign_to_mnist_and_cifar(unpacked, capl
     assert any("mnist: images of 1x28x28 are made 3x32x32" in one.message for one in caplog.records)
 
 
+def test_official_corruptions_of_other_classes_are_refused_before_training(tmp_path, capsys):
+    np.save(tmp_path / "gaussian_noise.npy", np.zeros((50_000, 32, 32, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.arange(50_000) % 10)
+    out = tmp_path / "out"
+    assert main(["ensemble", "--out", str(out), "--limit", "20", "--cifar_c", str(tmp_path)]) == 2
+    assert "digits has 10 of 1x8x8: take --corruptions instead" in capsys.readouterr().err
+    assert not (out / "models").exists()
+
+
 def test_images_made_to_fit():
     pixels = torch.arange(4 * 4 * 3, dtype=torch.uint8).view(1, 3, 4, 4)
     assert torch.equal(fitted(pixels, (3, 4, 4)), pixels)
