@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,14 +185,22 @@ def _say(record: Mapping[str, Any], cell: Cell) -> None:
     log.info("%s: %.1f %% average accuracy, trained in %.1f s", cell.label(), accuracy, seconds)
 
 
-def taken(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
-    """Those keywords that a function takes and that a partial has not set already."""
+def taken(
+    function: Callable[..., Any], offered: Mapping[str, Any], only_named: Collection[str] = ()
+) -> dict[str, Any]:
+    """Those keywords that a function takes and that a partial has not set already.
+
+    Args:
+        function: May take all keywords, as ``**kwargs``.
+        offered: What it could be called with.
+        only_named: What is given only where it is an argument of its own: ``**kwargs`` may be meant for others.
+    """
     parameters, already = inspect.signature(function).parameters, _keywords(function)
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return {
         name: value
         for name, value in offered.items()
-        if (takes_all or name in parameters) and name not in already
+        if ((takes_all and name not in only_named) or name in parameters) and name not in already
     }
 
 
@@ -223,7 +231,7 @@ def strategy_builder(
         shape = getattr(benchmark, "image_shape", None) or tuple(
             benchmark.streams["train"][0].dataset[0][0].shape
         )
-        body = network(**taken(network, {"input_shape": shape}), **network_options)
+        body = network(**taken(network, {"input_shape": shape}, {"input_shape"}), **network_options)
         try:
             with torch.no_grad():
                 body.eval()(torch.zeros(1, *shape))

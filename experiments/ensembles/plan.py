@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from experiments import catalogue
@@ -57,6 +58,7 @@ class EnsemblePlan:
     Attributes:
         cells: Each with its method's function.
         build_network: Makes a network for images of a shape and so many classes.
+        network_options: What else it is called with.
         data: Name of the data set.
         data_options: Its options, ``root`` included.
         foreign: Name and folder of each set of foreign images.
@@ -125,11 +127,27 @@ class EnsemblePlan:
         return images
 
     def _network_for(self, images: Images) -> Callable[[], nn.Module]:
-        """The builder of a network for these images; the one that is saved with an ensemble."""
-        offered = {"input_shape": images.train.image_shape, "num_classes": len(images.class_names)}
-        return functools.partial(
-            self.build_network, **taken(self.build_network, offered), **self.network_options
-        )
+        """The builder of a network for these images; the one that is saved with an ensemble.
+
+        Raises:
+            InputError: Its network cannot take them, or does not tell so many classes apart.
+        """
+        shape, classes = images.train.image_shape, len(images.class_names)
+        arguments = {"input_shape": shape, "num_classes": classes}
+        offered = taken(self.build_network, arguments, only_named={"input_shape"})
+        build = functools.partial(self.build_network, **offered, **self.network_options)
+        size = "x".join(map(str, shape))
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                out = build().eval()(torch.zeros(1, *shape))
+        except RuntimeError as error:
+            raise InputError(f"the network does not fit images of {size}: {error}") from error
+        if tuple(out.shape) != (1, classes):
+            raise InputError(
+                f"the network answers {tuple(out.shape[1:])} numbers to an image of {size}; expected {classes}, "
+                "one for each class."
+            )
+        return build
 
 
 def plan_ensembles(parsed: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePlan:

@@ -159,6 +159,8 @@ def test_options_of_one_method_and_two_variants_of_it(tmp_path):
         (["--methods", "mc_dropout", "--mc_dropout.rate", "1.5"], "above 0 and below 1"),
         (["--deep.preset", "fast"], "unknown option --deep.preset"),
         (["--num_tasks", "3"], "unknown option --num_tasks"),
+        (["--network", "torchvision.models:resnet18"], "does not fit images of 1x8x8"),
+        (["--network", "lifelong_ens.networks.plain:vgg11_half"], "at least 32x32"),
         (["--learning_rate", "1e12", "--epochs", "2"], "try a lower --learning_rate"),
     ],
 )
