@@ -21,7 +21,7 @@ from lifelong_ens.layers.bank import Selection, banks
 from lifelong_ens.layers.hyper import HyperLayer
 from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
-from lifelong_ens.replication import replicate_late
+from lifelong_ens.replication import replicate, replicate_late
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def _stacked(value: Any, times: int, batch: int) -> Any:
             f"an input of shape {tuple(value.shape)} does not have the batch of {batch} on its first axis; "
             "if it holds for all rows, give it by name and name it in unbatched."
         )
-    return value.repeat(times, *[1] * (value.dim() - 1))
+    return replicate(value, times)
 
 
 def _by_member(out: Any, times: int, batch: int) -> Any:

@@ -72,8 +72,9 @@ def replicate_late(body: nn.Module, has_members: Callable[[nn.Module], bool]) ->
 
 
 def replicate(x: Tensor, copies: int) -> Tensor:
-    """``(batch, ...)`` to ``(copies * batch, ...)``, a block for every copy."""
-    return x if copies == 1 else x.repeat(copies, *[1] * (x.dim() - 1))
+    """``(batch, ...)`` to ``(copies * batch, ...)``, a block for every copy, in the memory format of ``x``."""
+    # repeat would give the default format
+    return x if copies == 1 else torch.cat([x] * copies)
 
 
 def _computes(module: nn.Module) -> bool:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.convert import replace_modules
-from lifelong_ens.ensembles.ensemble import Ensemble, finished
+from lifelong_ens.ensembles.ensemble import Ensemble, channels_last, finished
 from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
 from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.structured import UNIT_LAYERS
+from lifelong_ens.replication import replicate
 from lifelong_ens.training.data import ImageData
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.seeding import seeded
@@ -48,7 +49,7 @@ class DropoutNetwork(Ensemble):
             module.train()
         try:
             with seeded(self.seed):
-                logits = self.network(x.repeat(self.num_members, *[1] * (x.dim() - 1)))
+                logits = self.network(replicate(channels_last(x), self.num_members))
         finally:
             for module, mode in zip(dropouts, modes, strict=True):
                 module.train(mode)

@@ -216,6 +216,13 @@ class Ensemble(nn.Module):
         self.load_state_dict(state)
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Images ``(batch, C, H, W)`` on a CPU with channels side by side, which convolutions read without packing."""
+    if x.dim() == 4 and x.device.type == "cpu":
+        return x.contiguous(memory_format=torch.channels_last)
+    return x
+
+
 def finished(
     ensemble: Ensemble,
     build_network: BuildNetwork,

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lifelong_ens.convert import Norms, convert, export, replace_modules
-from lifelong_ens.ensembles.ensemble import Ensemble
+from lifelong_ens.ensembles.ensemble import Ensemble, channels_last
 from lifelong_ens.ensembles.space import LABEL_SMOOTHING, Space, hyper_space
 from lifelong_ens.ensembles.training import BuildNetwork
 from lifelong_ens.layers.hyper import HyperDropout, HyperLayer, HyperSelection
 from lifelong_ens.layers.log_uniform import LogUniform
 from lifelong_ens.layers.rank1 import Rank1Layer
+from lifelong_ens.replication import replicate
 
 
 class HyperBatchEnsemble(Ensemble):
@@ -80,7 +81,7 @@ class HyperBatchEnsemble(Ensemble):
                 hyper-parameters)``.
         """
         scaled = self.bounds.scaled(values)
-        rows = x.repeat(self.num_members, *[1] * (x.dim() - 1))
+        rows = replicate(channels_last(x), self.num_members)
         # one member's dense weight may be cheaper than scaling activations
         members = 0 if self.num_members == 1 else None
         with self.selection.of(members), self.selection.at(values.flatten(0, -2), scaled.flatten(0, -2)):

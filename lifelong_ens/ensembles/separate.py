@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lifelong_ens.accounting.flops import layer_calls
 from lifelong_ens.accounting.meter import TrainingMeter
-from lifelong_ens.ensembles.ensemble import Ensemble, finished
+from lifelong_ens.ensembles.ensemble import Ensemble, channels_last, finished
 from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
 from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.networks.channels import trace_channels
@@ -47,9 +47,7 @@ class SeparateNetworks(Ensemble):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, ...)`` to ``(members, batch, classes)``."""
-        if x.dim() == 4 and x.device.type == "cpu":
-            # channels side by side: convolutions read them without packing them first, and pooling is vectorised
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         return torch.stack([network(x) for network in self.networks])
 
     def plan(self) -> dict[str, Any]:

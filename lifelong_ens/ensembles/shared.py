@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.convert import RANK1, MemberNetwork, Norms, batch_ensemble
-from lifelong_ens.ensembles.ensemble import Ensemble, finished
+from lifelong_ens.ensembles.ensemble import Ensemble, channels_last, finished
 from lifelong_ens.ensembles.training import (
     BuildNetwork,
     ComputeLoss,
@@ -73,7 +73,7 @@ class SharedNetwork(Ensemble):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, ...)`` to ``(members, batch, classes)``."""
-        return self.network(x)
+        return self.network(channels_last(x))
 
     def plan(self) -> dict[str, Any]:
         """How the network was converted."""

@@ -17,7 +17,7 @@ from lifelong_ens.accounting.flops import FlopMeter
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.convert import batch_ensemble
 from lifelong_ens.ensembles import fit_hyper_batch, fit_self_tuning
-from lifelong_ens.ensembles.ensemble import Ensemble
+from lifelong_ens.ensembles.ensemble import Ensemble, channels_last
 from lifelong_ens.ensembles.hyper_batch import Tuner, _groups
 from lifelong_ens.ensembles.hyper_ensemble import HyperBatchEnsemble
 from lifelong_ens.ensembles.training import Training
@@ -115,7 +115,7 @@ def test_without_response_it_is_batch_ensemble(norm):
     plain = batch_ensemble(network, 3, init="gaussian", norm=norm)
     x = torch.randn(4, 3, 16, 16)
     for mode in (True, False):
-        assert torch.equal(ensemble.train(mode)(x), plain.train(mode)(x))
+        assert torch.equal(ensemble.train(mode)(x), plain.train(mode)(channels_last(x)))
 
 
 @pytest.mark.parametrize("tied", [True, False])
