@@ -103,11 +103,11 @@ def run_cells(
         report = Report.load(folder) if len(problems) < len(cells) else None
         if report is not None and out is not None:
             report.write(folder)
-    _raise_or_warn(problems, stop=report is None)
+    raise_or_warn(problems, stop=report is None)
     return report  # pyright: ignore[reportReturnType]
 
 
-def _raise_or_warn(problems: Sequence[tuple[str, InputError]], stop: bool) -> None:
+def raise_or_warn(problems: Sequence[tuple[str, InputError]], stop: bool) -> None:
     """Raise what diverged; name the strategies that cannot run on the network, in an error if nothing else ran."""
     diverged = [str(error) for _, error in problems if isinstance(error, NonFiniteLossError)]
     if diverged:

@@ -27,6 +27,7 @@ from lifelong_ens.metrics.diversity import disagreement
 from lifelong_ens.metrics.uncertainty import calibration, ensemble_log_probs, pooled, predictive_entropy
 from lifelong_ens.report.records import SCHEMA, check_record
 from lifelong_ens.store import read_json, read_tensors, tensors_sha256, write_json, write_tensors
+from lifelong_ens.training.seeding import seeded
 from strategies.base import Strategy
 from strategies.costs import component_sizes, forward_cost, metered, network_of
 from strategies.evaluation import infer_tasks, predict
@@ -358,10 +359,8 @@ def discard(cell: Cell, out: Path) -> None:
 def _seeded(seed: int) -> Iterator[None]:
     """Seed all global generators inside; a foreign strategy may use any of them. They are put back afterwards."""
     states = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count()))
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with seeded(seed):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from experiments import catalogue
-from experiments.compare import choose_device, taken, warm_up
+from experiments.compare import choose_device, raise_or_warn, taken, warm_up
 from experiments.ensembles.data import Images, read_foreign, read_images, reader
 from experiments.ensembles.evaluation import Protocol, check_protocol
 from experiments.ensembles.reproduction import EnsembleReproduction
@@ -110,11 +110,14 @@ class EnsemblePlan:
                     device=device,
                     progress=progress,
                 )
-            except (NonFiniteLossError, UnfitNetworkError) as error:
+            except NonFiniteLossError as error:
+                told = f"{cell.label()}: {error}; the others are kept, try a lower --learning_rate"
+                problems.append((cell.label(), NonFiniteLossError(told)))
+            except UnfitNetworkError as error:
                 problems.append((cell.label(), error))
             else:
                 _say(record, cell)
-        _raise_or_warn(problems, stop=len(problems) == len(self.cells))
+        raise_or_warn(problems, stop=len(problems) == len(self.cells))
         report = EnsembleReport.load(self.out)
         report.write(self.out)
         return report
@@ -301,14 +304,3 @@ def _say(record: Mapping[str, Any], cell: EnsembleCell) -> None:
         test["nll"],
         record["spent"]["seconds"],
     )
-
-
-def _raise_or_warn(problems: Sequence[tuple[str, InputError]], stop: bool) -> None:
-    """Raise what diverged; name the methods that cannot run on the network, in an error if nothing else ran."""
-    diverged = [f"{label}: {error}" for label, error in problems if isinstance(error, NonFiniteLossError)]
-    if diverged:
-        raise NonFiniteLossError(f"{'; '.join(diverged)}; the others are kept, try a lower --learning_rate")
-    if stop:
-        raise UnfitNetworkError("; ".join(str(error) for _, error in problems))
-    for label, reason in problems:
-        log.warning("%s did not run: %s", label, reason)
