@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lifelong_ens.convert import SELF_ATTENTION, batch_ensemble, plan_conversion
     from lifelong_ens.errors import InputError
+    from lifelong_ens.layers.rank1 import explain
     from lifelong_ens.networks.batch_ensemble import BatchEnsembleNetwork
     from lifelong_ens.networks.task import MultiHead, TaskNetwork
     from lifelong_ens.report import Report
@@ -25,6 +26,7 @@ _WHERE = {
     "Report": "lifelong_ens.report",
     "TaskNetwork": "lifelong_ens.networks.task",
     "batch_ensemble": "lifelong_ens.convert",
+    "explain": "lifelong_ens.layers.rank1",
     "plan_conversion": "lifelong_ens.convert",
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "Report",
     "TaskNetwork",
     "batch_ensemble",
+    "explain",
     "plan_conversion",
 ]
 

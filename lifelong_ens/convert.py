@@ -21,7 +21,7 @@ from lifelong_ens.layers.bank import Selection, banks
 from lifelong_ens.layers.hyper import HyperLayer
 from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
-from lifelong_ens.replication import replicate, replicate_late
+from lifelong_ens.replication import Replication, by_member_first, replicate, sole_readers
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,11 @@ def convert(
                 replacements[old] = _with_members(old, num_members, norm, options)
             except ValueError as error:
                 raise UnfitNetworkError(f"{entry.name}: {error}") from error
-    return replace_modules(model, replacements), selection
+    body = replace_modules(model, replacements)
+    for layer, reader in sole_readers(body, has_members):
+        if isinstance(layer, Rank1Layer) and isinstance(reader, MemberBatchNorm):
+            layer.norm, reader.before = (reader,), (layer,)
+    return body, selection
 
 
 def batch_ensemble(
@@ -168,8 +172,8 @@ def batch_ensemble(
 class MemberNetwork(nn.Module):
     """A network with members, made by ``batch_ensemble``.
 
-    Layers before the first one that tells members apart run once per input wherever the graph of the network can be
-    traced, else every member has a copy of the input from the start; the answer is the same.
+    How several members see the same rows, in one pass or one after the other, is up to ``replication``; the answer is
+    the same.
     """
 
     def __init__(self, body: nn.Module, selection: Selection, num_members: int) -> None:
@@ -178,8 +182,7 @@ class MemberNetwork(nn.Module):
         self.selection = selection
         self.num_members = num_members
         self.training = body.training
-        # not a module of this one: its layers are those of the body
-        self._late = (replicate_late(body, lambda module: isinstance(module, MEMBER_LAYERS)),)
+        self.replication = Replication(body, selection, has_members)
 
     def forward(
         self,
@@ -217,23 +220,21 @@ class MemberNetwork(nn.Module):
         self._check(chosen)
         if len(chosen) == 1:
             with self.selection.of(chosen[0]):
-                return _by_member(self.body(x, *more, **named), 1, len(x))
-        late = None if more or named else self._late[0]
-        with self.selection.of(None if members is None else tuple(members)):
-            if late is not None:
-                return _by_member(late(x, len(chosen)), len(chosen), len(x))
+                return by_member_first(self.body(x, *more, **named), 1, len(x))
+        if not more and not named:
+            return self.replication(x, tuple(chosen))
+        with self.selection.of(tuple(chosen)):
             positional = [_stacked(one, len(chosen), len(x)) for one in (x, *more)]
             by_name = {
                 name: one if name in unbatched else _stacked(one, len(chosen), len(x))
                 for name, one in named.items()
             }
-            return _by_member(self.body(*positional, **by_name), len(chosen), len(x))
+            return by_member_first(self.body(*positional, **by_name), len(chosen), len(x))
 
     def split(self, x: Tensor) -> Tensor:
         """Show each row to one member: ``(batch, ...)`` to ``(batch, classes)``, in blocks of nearly equal length."""
         if len(x) % self.num_members == 0:
-            with self.selection.of(None):
-                return self.body(x)
+            return self.replication.split(x, tuple(range(self.num_members)))
         rows = torch.arange(len(x), device=x.device)
         return self(x, ids=rows * self.num_members // len(x))
 
@@ -258,13 +259,6 @@ def _stacked(value: Any, times: int, batch: int) -> Any:
             "if it holds for all rows, give it by name and name it in unbatched."
         )
     return replicate(value, times)
-
-
-def _by_member(out: Any, times: int, batch: int) -> Any:
-    """``(members * batch, ...)`` as ``(members, batch, ...)``, in a tuple each tensor."""
-    if isinstance(out, tuple):
-        return tuple(_by_member(one, times, batch) for one in out)
-    return out.unflatten(0, (times, batch)) if isinstance(out, Tensor) else out
 
 
 def export(body: nn.Module, member: int) -> nn.Module:
@@ -292,6 +286,11 @@ def commit_members(body: nn.Module) -> None:
     """Freeze all members in training."""
     for bank in banks(body):
         bank.commit()
+
+
+def has_members(module: nn.Module) -> bool:
+    """Whether a layer tells members apart."""
+    return isinstance(module, MEMBER_LAYERS)
 
 
 def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

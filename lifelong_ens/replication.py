@@ -1,18 +1,133 @@
-"""Members that show themselves late: layers before the first one with members run once per input."""
+"""Rows shown to several members: stacked in one pass, replicated as late as possible, or one member after the other."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lifelong_ens.layers.bank import Selection
+from lifelong_ens.layers.plan import Call, constants_of, in_turn
+from lifelong_ens.layers.rank1 import Rank1Layer
 
 # what surely gives a tensor with the batch on its first axis, when its input does
 _TENSOR_FUNCTIONS = {torch.relu, F.relu, torch.flatten, torch.add, operator.add, operator.iadd}
 # with a mask of its own for every copy of a row
 _RANDOM = (nn.modules.dropout._DropoutNd,)
+
+
+class Replication:
+    """Shows rows to several members of a network, in the fastest of three ways that give the same answer.
+
+    Stacked, rows of all members go through the network in one pass; where its graph can be traced, the layers before
+    the first one that tells members apart run once. In turn, the rows go through the network once for every member,
+    whose layers then make their dense weights: that costs passes over the weights instead of the activations, and
+    tensors stay small enough for caches. The sizes of all layers decide, see ``lifelong_ens.layers.plan.in_turn``.
+
+    Args:
+        body: A network whose layers read ``selection``.
+        selection: Whose member is selected.
+        has_members: Whether a layer tells members apart.
+    """
+
+    def __init__(
+        self, body: nn.Module, selection: Selection, has_members: Callable[[nn.Module], bool]
+    ) -> None:
+        self.body, self.selection, self.has_members = body, selection, has_members
+        self.late = replicate_late(body, has_members)
+        self._sizes: dict[tuple[Any, ...], tuple[Call, ...]] = {}
+
+    def __call__(self, x: Tensor, members: tuple[int, ...]) -> Any:
+        """Every row to every member: ``(batch, ...)`` to ``(members, batch, ...)``."""
+        if self.in_turn(x, len(members)):
+            return _joined([self._one(x, member) for member in members], torch.stack)
+        with self.selection.of(members):
+            rows = self.body(replicate(x, len(members))) if self.late is None else self.late(x, len(members))
+        return by_member_first(rows, len(members), len(x))
+
+    def split(self, x: Tensor, members: tuple[int, ...]) -> Any:
+        """Blocks of equal length to a member each: ``(batch, ...)`` to ``(batch, ...)``."""
+        rows = len(x) // len(members)
+        if self.in_turn(x[:rows], len(members)):
+            blocks = zip(x.split(rows), members, strict=True)
+            return _joined([self._one(block, member) for block, member in blocks], torch.cat)
+        with self.selection.of(members):
+            return self.body(x)
+
+    def in_turn(self, x: Tensor, num_members: int) -> bool:
+        """Whether these rows go through the network once for every one of so many members."""
+        if self.late is not None or torch.compiler.is_compiling() or not len(x) or self._mixes_rows():
+            return False
+        key = (x.shape[1:], x.dtype)
+        if key not in self._sizes:
+            self._sizes[key] = self._calls(x[:1])
+        learning = self.body.training and torch.is_grad_enabled()
+        return in_turn(self._sizes[key], len(x), num_members, learning, constants_of(x.device.type))
+
+    def _one(self, x: Tensor, member: int) -> Any:
+        with self.selection.of(member):
+            return self.body(x)
+
+    def _mixes_rows(self) -> bool:
+        """Whether a norm shared by the members computes statistics of all rows together."""
+        return any(isinstance(one, _NormBase) and one.training for one in self.body.modules())
+
+    def _calls(self, row: Tensor) -> tuple[Call, ...]:
+        """What is known of the call of every rank-1 layer for one row of one member."""
+        found: list[Call] = []
+
+        def note(layer: Rank1Layer, inputs: tuple[Tensor, ...]) -> None:
+            found.append(layer.plan(inputs[0]).call)
+
+        with unobserved(self.body), self.selection.of(0):
+            handles = [
+                one.register_forward_pre_hook(note)
+                for one in self.body.modules()
+                if isinstance(one, Rank1Layer)
+            ]
+            try:
+                self.body(row)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return tuple(found)
+
+
+def by_member_first(out: Any, times: int, batch: int) -> Any:
+    """``(members * batch, ...)`` as ``(members, batch, ...)``, in a tuple each tensor."""
+    if isinstance(out, tuple):
+        return tuple(by_member_first(one, times, batch) for one in out)
+    return out.unflatten(0, (times, batch)) if isinstance(out, Tensor) else out
+
+
+def _joined(outs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """What several passes gave as one; of a network that returns a tuple, each tensor of it."""
+    if isinstance(outs[0], tuple):
+        return tuple(_joined(list(parts), join) for parts in zip(*outs, strict=True))
+    return join(outs) if isinstance(outs[0], Tensor) else outs[0]
+
+
+@contextmanager
+def unobserved(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in evaluation mode without gradients, and nobody who watches its calls sees any."""
+    modules = list(network.modules())
+    before = [(one, one.training, one._forward_hooks, one._forward_pre_hooks) for one in modules]
+    for one in modules:
+        one.training, one._forward_hooks, one._forward_pre_hooks = False, OrderedDict(), OrderedDict()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _disable_current_modes():
+            yield
+    finally:
+        for one, training, hooks, pre_hooks in before:
+            one.training, one._forward_hooks, one._forward_pre_hooks = training, hooks, pre_hooks
 
 
 class _Tracer(fx.Tracer):
@@ -69,6 +184,34 @@ def replicate_late(body: nn.Module, has_members: Callable[[nn.Module], bool]) ->
             user.replace_input_with(node, repeated)
     graph.lint()
     return fx.GraphModule(body, graph)
+
+
+def sole_readers(
+    body: nn.Module, has_members: Callable[[nn.Module], bool]
+) -> list[tuple[nn.Module, nn.Module]]:
+    """Pairs of layers of which the second alone reads what the first gives, each called once; none if not traceable.
+
+    Args:
+        body: A network of one input.
+        has_members: Whether a layer tells members apart.
+    """
+    try:
+        graph = _Tracer(has_members).trace(body)
+    except Exception:  # see replicate_late
+        return []
+    modules = dict(body.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    once = {
+        module for module, count in Counter(modules[str(node.target)] for node in calls).items() if count == 1
+    }
+    pairs = []
+    for node in calls:
+        readers = list(node.users)
+        if len(readers) == 1 and readers[0].op == "call_module" and len(node.args) == 1:
+            first, second = modules[str(node.target)], modules[str(readers[0].target)]
+            if first in once and second in once:
+                pairs.append((first, second))
+    return pairs
 
 
 def replicate(x: Tensor, copies: int) -> Tensor:

@@ -139,6 +139,14 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$LIFELONG_ENS_CACHE``, else the user's cache folder."""
+    if given := os.environ.get("LIFELONG_ENS_CACHE"):
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "lifelong_ens"
+
+
 def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
     return hashlib.sha256(f"{tensors_sha256(tensors)}\n{_canonical(metadata)}".encode()).hexdigest()
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lifelong_ens.store import cache_folder
 from streams.store import ChannelStatistics, ImageStore, Plan, decode, in_memory, train_part
 
 VERSION = 1
@@ -56,14 +57,6 @@ class Source:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where decoded images are kept: ``$LIFELONG_ENS_CACHE``, else the user's cache folder."""
-    if given := os.environ.get("LIFELONG_ENS_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "lifelong_ens"
 
 
 def load(source: Source) -> ImageStore:

@@ -6,11 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+from lifelong_ens.layers import rank1
+from lifelong_ens.layers.plan import Call, Constants, Plan, plan
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -36,6 +40,20 @@ def randomise() -> Callable[..., nn.Module]:
         return module
 
     return fill
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Returns a function that lets every plan of a rank-1 layer come out as a mode, where the layer has it."""
+
+    def force(mode: str) -> None:
+        def plan_for(call: Call, constants: Constants) -> Plan:
+            found = plan(call, constants)
+            return replace(found, mode=mode) if mode in found.seconds else found  # type: ignore[arg-type]
+
+        monkeypatch.setattr(rank1, "plan", plan_for)
+
+    return force
 
 
 @pytest.fixture(scope="session")

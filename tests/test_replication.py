@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+from lifelong_ens import replication
 from lifelong_ens.accounting.flops import FlopMeter
 from lifelong_ens.convert import MEMBER_LAYERS, MemberNetwork, batch_ensemble
+from lifelong_ens.layers.rank1 import Rank1Layer
+from lifelong_ens.networks.plain import lenet5, resnet20
 from lifelong_ens.replication import replicate_late
 
 
@@ -25,7 +28,7 @@ def tiled(network: MemberNetwork, x: torch.Tensor) -> torch.Tensor:
 )
 def test_equals_copies_from_the_start_with_residual_paths_across_the_border(exclude, randomise):
     network = randomise(batch_ensemble(resnet18(num_classes=5), 3, exclude=exclude)).eval()
-    assert network._late[0] is not None
+    assert network.replication.late is not None
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(network(x), tiled(network, x))
@@ -95,7 +98,7 @@ def test_copies_from_the_start_where_late_ones_are_not_safe_or_save_nothing(mode
 def test_dropout_before_the_border_has_a_mask_for_every_copy():
     body = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 64, bias=False))
     network = batch_ensemble(body, 2, exclude=["0"], init="ones").train()
-    late = network._late[0]
+    late = network.replication.late
     assert late is not None
     out = network(torch.randn(3, 4))
     assert not torch.equal(out[0], out[1])
@@ -109,3 +112,89 @@ def test_rows_split_over_members_are_each_seen_by_one(randomise):
             whole, out = network(x), network.split(x)
         owners = torch.arange(rows) * 3 // rows
         torch.testing.assert_close(out, whole[owners, torch.arange(rows)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch):
+    """Returns a function that says whether members take turns."""
+
+    def force(answer: bool) -> None:
+        monkeypatch.setattr(replication, "in_turn", lambda *_: answer)
+
+    return force
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("build", [lambda: resnet20(5, width=4), lambda: lenet5(5)])
+def test_members_in_turn_answer_and_learn_as_stacked(train, build, randomise, turns):
+    network = randomise(batch_ensemble(build(), 3)).double().train(train)
+    other = copy.deepcopy(network)
+    x = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    for run in (lambda net: net(x), lambda net: net(x, members=[2, 0]), lambda net: net.split(x)):
+        found = []
+        for net, turn in ((network, True), (other, False)):
+            turns(turn)
+            net.zero_grad()
+            out = run(net)
+            out.square().mean().backward()
+            found.append([out.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
+            found[-1] += list(net.buffers())
+        assert len(found[0]) == len(found[1])
+        for one, two in zip(*found, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+def test_a_norm_that_members_share_sees_all_their_rows_together_in_training(turns):
+    turns(True)
+    network = batch_ensemble(resnet20(5, width=4), 3, norm="shared")
+    x = torch.randn(6, 3, 16, 16)
+    assert not network.train().replication.in_turn(x, 3)
+    assert network.eval().replication.in_turn(x, 3)
+
+
+def test_sizes_are_found_without_anybody_noticing(randomise):
+    network = randomise(batch_ensemble(resnet20(5, width=4), 3)).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    calls = []
+    for module in network.body.modules():
+        module.register_forward_hook(lambda *_: calls.append(1))
+    x, state = torch.randn(1, 3, 16, 16), torch.get_rng_state()
+    with FlopMeter(network) as meter:
+        sizes = network.replication._calls(x)
+    assert len(sizes) == sum(isinstance(one, Rank1Layer) for one in network.modules())
+    assert (calls, meter.total) == ([], 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in network.modules())
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([2, 0, 0, 1, 2, 1])])
+def test_a_norm_that_scales_for_the_layer_before_it_gives_what_the_two_give(ids, randomise):
+    network = randomise(batch_ensemble(resnet20(5, width=4), 3)).double().eval()
+    other = copy.deepcopy(network)
+    layers = [one for one in network.modules() if isinstance(one, Rank1Layer)]
+    assert sum(bool(one.norm) for one in layers) == len(layers) - 1  # all but the classifier
+    for one in other.modules():
+        if isinstance(one, Rank1Layer):
+            one.norm = ()
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, ids=ids), other(x, ids=ids))
+    assert any(one.deferred for one in layers)
+
+
+def test_only_a_norm_that_alone_reads_a_layer_scales_for_it():
+    class TwoReaders(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+            self.twice = nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            z = self.norm(y) + y
+            return self.twice(self.twice(self.other(z)))
+
+    network = batch_ensemble(TwoReaders(), 2)
+    assert not any(one.norm for one in network.modules() if isinstance(one, Rank1Layer))

@@ -98,7 +98,8 @@ class FlopMeter:
         return handles
 
     def _count_rank1(self, layer: Rank1Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        count = _merged if layer.merges(inputs[0]) else _scaled
+        mode = layer.mode(inputs[0])
+        count = _scaled if mode in ("scale", "pairs") else _merged
         forward, backward = count(layer, inputs[0], output)
         self.by_component["fast_weights"] += forward
         self.rank1_backward += backward if torch.is_grad_enabled() else 0
@@ -116,30 +117,44 @@ class FlopMeter:
 
 
 def _scaled(layer: Rank1Layer, x: Tensor, y: Tensor) -> tuple[int, int]:
-    """``x * r`` and ``y * s``: one product per element; backward one towards the input, two towards the vector."""
-    backward = 0
+    """``x * r`` and ``y * s``: one product per element; backward one towards the input, two towards the vector.
+
+    Both as often as there are pairs; the second not where the norm after the layer does it on its own numbers. Where
+    the shared weight learns, ``x * r`` is made once more.
+    """
+    pairs = 1 if layer.more is None else 1 + layer.more.num_pairs
+    backward = x.numel() * layer.get_parameter("weight").requires_grad * _is_ours(layer)
     for bank, tensor in ((layer.r, x), (layer.s, y)):
         learns = bank.active is not None and bank.active.requires_grad
         backward += tensor.numel() * (2 * learns + tensor.requires_grad)
-    return x.numel() + y.numel(), backward
+    return pairs * (x.numel() + y.numel() * (not layer.deferred)), pairs * backward
 
 
 def _merged(layer: Rank1Layer, x: Tensor, y: Tensor) -> tuple[int, int]:
     """``W * (s r^T)`` for each member: the outer product and one product per weight, and the sums with ``Pairs``.
 
     Backward, the gradient of the product is multiplied by W and summed over the kernel, then by r and by s, and by
-    ``s r^T`` where W learns too. The products inside ``Pairs`` are counted as they run.
+    ``s r^T`` where W learns too. With a frozen W, in training, the gradients of r and s are sums of products over the
+    input and the output instead. The products inside ``Pairs`` are counted as they run.
     """
     weight = layer.get_parameter("weight")
     outer = weight.shape[0] * weight.shape[1]
     forward = outer + weight.numel()
-    forward += outer * (layer.more is not None) + weight.numel() * (layer.added is not None)
     members = set(layer.selected())
-    learns = sum(layer.r.row(member).requires_grad for member in members)
-    backward = (2 * weight.numel() + 4 * outer) * learns + weight.numel() * weight.requires_grad * len(
-        members
-    )
-    return forward * len(members), backward
+    if layer.more is not None or layer.added is not None:
+        forward += outer * (layer.more is not None) + weight.numel() * (layer.added is not None)
+    learning = sum(layer.r.row(member).requires_grad for member in members)
+    if len(members) == 1 and _is_ours(layer) and x.requires_grad and not weight.requires_grad:
+        return forward * len(members), 2 * (x.numel() + y.numel()) * learning
+    # s r^T is made again where the backward pass is ours, which keeps the dense weight alone
+    backward = 2 * weight.numel() + (4 + (len(members) == 1 and _is_ours(layer))) * outer
+    own = weight.numel() * weight.requires_grad * len(members)
+    return forward * len(members), backward * learning + own
+
+
+def _is_ours(layer: Rank1Layer) -> bool:
+    """Whether the backward pass is that of ``lifelong_ens.layers.products``, which keeps less than autograd."""
+    return layer.training and layer.more is None and layer.added is None
 
 
 class _Dispatch(TorchDispatchMode):

@@ -101,6 +101,8 @@ class HyperLayer(nn.Module):
         tied: bool = True,
     ) -> None:
         super().__init__()
+        # its output is not all that a norm behind it reads
+        base.norm = ()
         self.base, self.selection = base, selection
         self.response, bias = copy.deepcopy(base), base.private_bias
         weight = base.get_parameter("weight")
@@ -138,7 +140,7 @@ class HyperLayer(nn.Module):
         """As the plain layer, each row with its member's weight at its hyper-parameters."""
         y, response = self.base(x), self.response(x)
         kernel, bias = self.embed(self.selection.scaled)
-        axis = self.base.input_axis
+        axis = self.base.channel_axis
         y = torch.addcmul(y, response, along(per_row(kernel, len(x), self), y, axis))
         if bias is None or self.response_bias is None:
             return y

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_ens.layers.bank import Bank, Members, Selection, along, by_member, per_row
+from lifelong_ens.layers.rank1 import Rank1Layer
 
 POLICIES = ("per_member", "statistics_only", "shared")
 
@@ -117,12 +118,18 @@ class MemberBatchNorm(_Affine):
     statistics; a committed member always by its running statistics, which never move. Inputs ``(batch, C,
     ...)``.
 
+    Attributes:
+        before: The rank-1 layer whose output this norm alone reads, if there is one. In evaluation, where it would
+            scale activations, it leaves that to this norm, which scales them anyway.
+
     Args:
         norm: The plain norm whose numbers every member starts from.
         num_members: How many members.
         selection: The network's selection.
         private_affine: Affine rows per member, or one shared affine.
     """
+
+    before: tuple[Rank1Layer, ...] = ()
 
     def __init__(
         self,
@@ -159,6 +166,8 @@ class MemberBatchNorm(_Affine):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each row with its member's statistics, scale and shift it with its member's affine."""
         members = self.selection.members
+        if self.before and self.before[0].deferred:
+            return self._by_running(x, members, self.before[0])
         if isinstance(members, int):
             return self._one(x, members)
         if members is None:
@@ -167,6 +176,10 @@ class MemberBatchNorm(_Affine):
             return self._by_running(x, members)
         ids = members if isinstance(members, tuple) else members.tolist()
         return by_member(x, ids, self._one, self)
+
+    def takes_scale(self) -> bool:
+        """Whether it scales the output of the layer before it by ``s`` too: only by constants."""
+        return not self.training and self.running_mean is not None
 
     def _num_members(self) -> int:
         bank = self.private_weight if self.running_mean is None else self.running_mean
@@ -193,13 +206,20 @@ class MemberBatchNorm(_Affine):
         mean, var = self.running_mean.row(member), self.running_var.row(member)
         return F.batch_norm(x, mean, var, weight, bias, learning, self.momentum, self.eps)
 
-    def _by_running(self, x: Tensor, members: Members) -> Tensor:
-        """Rows of several members by their running statistics: one scale and one shift per row."""
+    def _by_running(self, x: Tensor, members: Members, layer: Rank1Layer | None = None) -> Tensor:
+        """Rows of several members by their running statistics: one scale and one shift per row.
+
+        With ``layer``, ``x`` is its output without its ``s`` and bias, which the scale and the shift take in.
+        """
         mean, var = (bank.rows(members) for bank in (self.running_mean, self.running_var) if bank is not None)
         weight, bias = self._rows("weight", members), self._rows("bias", members)
         scale = torch.rsqrt(var + self.eps)
         scale = scale if weight is None else scale * weight
+        if layer is not None:
+            own = layer.bias_rows(members)
+            mean = mean if own is None else mean - own
         shift = -mean * scale if bias is None else bias - mean * scale
+        scale = scale if layer is None else scale * layer.s.rows(members)
         scale, shift = (along(per_row(rows, len(x), self), x, 1) for rows in (scale, shift))
         return torch.addcmul(shift, x, scale)
 

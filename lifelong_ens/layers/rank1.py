@@ -11,20 +11,31 @@ unit and ``v`` over all that one unit reads, the kernel of a convolution include
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Self, TypeVar
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_ens.layers.bank import Bank, Selection, along, by_member, fast_weights, per_row
+from lifelong_ens.layers.bank import Bank, Members, Selection, along, by_member, fast_weights, per_row
 from lifelong_ens.layers.pairs import Pairs
+from lifelong_ens.layers.plan import Call, Mode, Plan, constants_of, plan
+from lifelong_ens.layers.products import Convolution, Dense, Product, merged, outer, scaled
 
 BIASES = ("per_member", "shared")
 
 M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R", bound="Rank1Layer")
+
+
+class ScalingNorm(Protocol):
+    """A norm that can do the scaling by ``s`` of the layer before it."""
+
+    def takes_scale(self) -> bool:
+        """Whether it does at present."""
+        ...
 
 
 class Rank1Layer(nn.Module):
@@ -35,6 +46,8 @@ class Rank1Layer(nn.Module):
     Attributes:
         more: The second and later pairs that scale the weight, where ``rank`` is above 1.
         added: The pairs whose products are added to it, where ``additive`` is above 0.
+        norm: The one module that reads this layer's output, where that is a norm which can scale it by ``s``.
+        deferred: Whether the last call left the scaling by ``s``, and the bias, to ``norm``.
     """
 
     r: Bank
@@ -44,7 +57,10 @@ class Rank1Layer(nn.Module):
     bias: Any
     private_bias: Bank | None
     selection: Selection
-    input_axis = 1
+    norm: tuple[ScalingNorm, ...] = ()
+    deferred = False
+    channel_axis = 1
+    batched = False
 
     def add_members(
         self,
@@ -94,24 +110,54 @@ class Rank1Layer(nn.Module):
         """Lengths of one member's ``r`` and ``s``."""
         raise TypeError(f"{type(self).__name__} does not say how long its fast weights are.")
 
-    def merges(self, x: Tensor) -> bool:
-        """Whether the member's dense weight is made for this input instead of scaling activations.
+    def forward(self, input: Tensor) -> Tensor:
+        """Each row through its member's dense layer, in the way that ``mode`` names; shapes as of the plain layer."""
+        self.deferred = False
+        mode = self.mode(input)
+        if mode == "merge":
+            return self._merge(input)
+        if mode == "batched":
+            return self._multiply_batched(input)
+        return self._scale_each_pair(input) if mode == "pairs" else self._scale(input)
 
-        Always where a member has more than one pair: then scaling would take a pass for each. Else in training one
-        member, where no gradient flows back to ``x``: then the gradient of r needs none towards
-        the input, which a first convolution would compute for nothing else. And where the weight, which folding
-        touches once, is no larger than the input, which scaling touches. Never in evaluation: what is frozen
-        answers the same to the bit, whichever tensors happen to need gradients.
+    def mode(self, x: Tensor) -> Mode | Literal["pairs"]:
+        """How this input is computed; ``pairs``: as ``scale``, once for every pair.
+
+        It follows from shapes, from how rows are selected, and from whether this is training; never from values. In
+        evaluation not from what needs gradients either: what is frozen answers the same to the bit. Inside a compiled
+        graph always ``scale``: its passes are fused with others there, and one graph serves all batch sizes.
         """
-        if self.more is not None or self.added is not None:
-            return True
-        one_in_training = self.training and isinstance(self.selection.members, int)
-        return one_in_training and not x.requires_grad and x.numel() >= self.get_parameter("weight").numel()
+        if self.added is not None:
+            return "merge"
+        if self.more is not None:
+            return "pairs" if isinstance(self.selection.members, Tensor) else "merge"
+        if torch.compiler.is_compiling() or isinstance(self.selection.members, Tensor):
+            return "scale"
+        return self.plan(x).mode
 
-    def apply_merged(self, x: Tensor) -> Tensor:
-        """Each row through the plain layer with its member's dense weight and bias."""
-        ids = self.selected()
-        return self.apply_member(x, ids[0]) if len(ids) == 1 else by_member(x, ids, self.apply_member, self)
+    def plan(self, x: Tensor) -> Plan:
+        """The arithmetic behind ``mode`` for rows of one member, or in blocks."""
+        members = self.selection.members
+        learning = self.training and torch.is_grad_enabled()
+        weight = self.get_parameter("weight")
+        frozen = learning and not weight.requires_grad and x.requires_grad
+        blocks = self.r.num_members if members is None else 1 if isinstance(members, int) else len(members)  # pyright: ignore
+        call = Call(
+            len(x), blocks, *self._row_sizes(x), weight.numel(), self.batched, learning, frozen, x.itemsize
+        )
+        return plan(call, constants_of(x.device.type))
+
+    def product(self, x: Tensor) -> tuple[Product, Tensor]:
+        """How the layer multiplies, and the input as that takes it: with padding that is no zeros put on."""
+        raise TypeError(f"{type(self).__name__} does not say how it multiplies.")
+
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The plain layer with this weight and bias."""
+        raise TypeError(f"{type(self).__name__} does not say how its plain layer is computed.")
+
+    def _row_sizes(self, x: Tensor) -> tuple[int, int]:
+        """How many numbers of a row ``r`` and ``s`` scale."""
+        raise TypeError(f"{type(self).__name__} does not say how large its rows are.")
 
     def selected(self) -> Sequence[int]:
         """The members of the blocks of rows."""
@@ -120,37 +166,93 @@ class Rank1Layer(nn.Module):
             return members.tolist()
         return (members,) if isinstance(members, int) else members or range(self.r.num_members)
 
-    def apply_member(self, x: Tensor, member: int) -> Tensor:
-        """All rows through the plain layer with one member's dense weight and bias."""
-        raise TypeError(f"{type(self).__name__} does not say how its plain layer is computed.")
+    def _merge(self, x: Tensor) -> Tensor:
+        ids = self.selected()
+        return self._merge_one(x, ids[0]) if len(ids) == 1 else by_member(x, ids, self._merge_one, self)
 
-    def scale_input(self, x: Tensor) -> Tensor:
-        """``x * r``, each row by its member's vector."""
-        rows = per_row(self.r.rows(self.selection.members), len(x), self)
-        return x * along(rows, x, self.input_axis)
+    def _merge_one(self, x: Tensor, member: int) -> Tensor:
+        bias = self.member_bias(member)
+        learning = self.training and torch.is_grad_enabled()
+        if not learning or torch.compiler.is_compiling() or self.more is not None or self.added is not None:
+            return self.multiply(x, self.member_weight(member), bias)
+        product, x = self._autocast(x)
+        return merged(x, self.get_parameter("weight"), self.r.row(member), self.s.row(member), bias, product)
 
-    def scale_output(self, y: Tensor) -> Tensor:
-        """``y * s + b``, each row by its member's vectors."""
+    def _scale(self, x: Tensor) -> Tensor:
+        members, weight = self.selection.members, self.get_parameter("weight")
+        r = along(per_row(self.r.rows(members), len(x), self), x, self.channel_axis)
+        s = per_row(self.s.rows(members), len(x), self)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            product, x = self._autocast(x)
+            y = scaled(x, weight, r.to(x.dtype), along(s, x, self.channel_axis), product)
+            return self._add_bias(y)
+        y = self.multiply(x * r, weight, None)
+        if self._defers():
+            self.deferred = True
+            return y
+        return self._add_bias(y, along(s, y, self.channel_axis))
+
+    def _scale_each_pair(self, x: Tensor) -> Tensor:
+        """``sum_j W (x * r_j) * s_j``, all pairs in one pass of the plain layer."""
+        more: Any = self.more
         members = self.selection.members
-        scale = along(per_row(self.s.rows(members), len(y), self), y, self.input_axis)
+        r, s = (
+            per_row(
+                torch.cat([first.rows(members).unsqueeze(1), others.rows(members)], 1), len(x), self
+            ).unbind(1)
+            for first, others in ((self.r, more.r), (self.s, more.s))
+        )
+        copies = torch.cat([x * along(rows, x, self.channel_axis) for rows in r])
+        parts = self.multiply(copies, self.get_parameter("weight"), None).chunk(len(r))
+        return self._add_bias(
+            torch.stack(
+                [y * along(rows, y, self.channel_axis) for y, rows in zip(parts, s, strict=True)]
+            ).sum(0)
+        )
+
+    def _multiply_batched(self, x: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} has no batched product of several members.")
+
+    def _add_bias(self, y: Tensor, scale: Tensor | None = None) -> Tensor:
+        """``y * scale + b``, each row by its member's bias."""
+        rows = self.bias_rows(self.selection.members)
+        if rows is None:
+            return y if scale is None else y * scale
+        shift = along(per_row(rows, len(y), self), y, self.channel_axis)
+        return y + shift if scale is None else torch.addcmul(shift, y, scale)
+
+    def bias_rows(self, members: Members) -> Tensor | None:
+        """The selected members' biases, ``(K, out)``, one row where they share it; None where there is none."""
         if self.private_bias is not None:
-            shift = per_row(self.private_bias.rows(members), len(y), self)
-        elif self.bias is not None:
-            shift = self.bias.unsqueeze(0)
-        else:
-            return y * scale
-        return torch.addcmul(along(shift, y, self.input_axis), y, scale)
+            return self.private_bias.rows(members)
+        return None if self.bias is None else self.bias.unsqueeze(0)
+
+    def _defers(self) -> bool:
+        """Whether the norm after this layer scales its output by ``s`` as well: one pass instead of two.
+
+        Not for a single member: torch's own kernel for its norm gives the bits of the plain network at ``s = 1``.
+        """
+        several = not isinstance(self.selection.members, int)
+        return (
+            several and bool(self.norm) and not torch.compiler.is_compiling() and self.norm[0].takes_scale()
+        )
+
+    def _autocast(self, x: Tensor) -> tuple[Product, Tensor]:
+        """The product and its input, in the dtype in which autocast would have it multiplied."""
+        kind = x.device.type
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if enabled and x.dtype == torch.float32:
+            x = x.to(torch.get_autocast_dtype(kind))
+        return self.product(x)
 
     def member_weight(self, member: int) -> Tensor:
         """The dense weight of one member, ``W * (sum_j s_j r_j^T) + sum_j u_j v_j^T``, in the shape of ``W``."""
         weight, groups = self.get_parameter("weight"), getattr(self, "groups", 1)
-        # row o of a grouped weight reads only the input channels of its own group
-        r = self.r.row(member).view(groups, -1).repeat_interleave(len(weight) // groups, dim=0)
-        factor = self.s.row(member).unsqueeze(1) * r
+        factor = outer(self.r.row(member), self.s.row(member), groups)
         if self.more is not None:
             factor = factor + self.more(member)
-        scaled = weight * factor.view(*factor.shape, *[1] * (weight.dim() - 2))
-        return scaled if self.added is None else scaled + self.added(member).view_as(weight)
+        dense = weight * factor.view(*factor.shape, *[1] * (weight.dim() - 2))
+        return dense if self.added is None else dense + self.added(member).view_as(weight)
 
     def _has_bias(self) -> bool:
         return self.bias is not None or self.private_bias is not None
@@ -158,6 +260,33 @@ class Rank1Layer(nn.Module):
     def member_bias(self, member: int) -> Tensor | None:
         """One member's bias, ``(out,)``, or None where the layer has none."""
         return self.bias if self.private_bias is None else self.private_bias.row(member)
+
+
+def explain(network: nn.Module, run: Callable[[], object]) -> str:
+    """How every rank-1 layer of a network runs while ``run`` calls it, with the arithmetic where there is a choice.
+
+    Args:
+        network: Any network with rank-1 layers.
+        run: Calls it, such as ``lambda: network(x)``.
+    """
+    names = {module: name for name, module in network.named_modules() if isinstance(module, Rank1Layer)}
+    found: dict[Rank1Layer, str] = {}
+
+    def note(layer: Rank1Layer, inputs: tuple[Tensor, ...]) -> None:
+        mode = layer.mode(inputs[0])
+        planned = (
+            layer.added is None and layer.more is None and not isinstance(layer.selection.members, Tensor)
+        )
+        why = layer.plan(inputs[0]).explain() if planned else "the only way for these rows"
+        found.setdefault(layer, f"{names[layer]}: {mode}\n{textwrap.indent(why, '  ')}")
+
+    handles = [layer.register_forward_pre_hook(note) for layer in names]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return "\n".join(found.values())
 
 
 class Rank1Linear(Rank1Layer, nn.Linear):
@@ -174,7 +303,8 @@ class Rank1Linear(Rank1Layer, nn.Linear):
         device: Where the tensors live.
     """
 
-    input_axis = -1
+    channel_axis = -1
+    batched = True
 
     def __init__(
         self,
@@ -202,15 +332,27 @@ class Rank1Linear(Rank1Layer, nn.Linear):
         """``(in_features, out_features)``."""
         return self.in_features, self.out_features
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``(batch, ..., in_features)`` to ``(batch, ..., out_features)``."""
-        if self.merges(input):
-            return self.apply_merged(input)
-        return self.scale_output(F.linear(self.scale_input(input), self.weight))
+    def product(self, x: Tensor) -> tuple[Product, Tensor]:
+        """See ``Rank1Layer.product``."""
+        return Dense(), x
 
-    def apply_member(self, x: Tensor, member: int) -> Tensor:
-        """``(batch, ..., in_features)`` to ``(batch, ..., out_features)``, all of one member."""
-        return F.linear(x, self.member_weight(member), self.member_bias(member))
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See ``Rank1Layer.multiply``."""
+        return F.linear(x, weight, bias)
+
+    def _row_sizes(self, x: Tensor) -> tuple[int, int]:
+        positions = x.shape[1:-1].numel()
+        return positions * self.in_features, positions * self.out_features
+
+    def _multiply_batched(self, x: Tensor) -> Tensor:
+        """Blocks of rows through the dense layers of their members, one product for all."""
+        members = self.selection.members
+        r, s = self.r.rows(members), self.s.rows(members)
+        per_row(r, len(x), self)  # raises where rows would be left over
+        dense = (self.weight * (s.unsqueeze(2) * r.unsqueeze(1))).to(x.dtype)
+        blocks = x.unflatten(0, (len(r), -1))
+        y = torch.bmm(blocks.flatten(1, -2), dense.transpose(1, 2))
+        return self._add_bias(y.view(*x.shape[:-1], self.out_features))
 
     def export(self, member: int) -> nn.Linear:
         """One member as a plain ``nn.Linear``."""
@@ -251,16 +393,30 @@ class _Rank1Conv(Rank1Layer):
         """``(in_channels, out_channels)``."""
         return self.in_channels, self.out_channels
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``(batch, in_channels, ...)`` to ``(batch, out_channels, ...)``."""
-        if self.merges(input):
-            return self.apply_merged(input)
-        x = self.scale_input(input)
-        return self.scale_output(self._conv_forward(x, self.weight, None))  # pyright: ignore
+    def product(self, x: Tensor) -> tuple[Product, Tensor]:
+        """See ``Rank1Layer.product``."""
+        layer: Any = self
+        padding = layer.padding
+        if isinstance(padding, str) or layer.padding_mode != "zeros":
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(layer.stride)
+        return Convolution(layer.stride, padding, layer.dilation, layer.groups), x
 
-    def apply_member(self, x: Tensor, member: int) -> Tensor:
-        """``(batch, in_channels, ...)`` to ``(batch, out_channels, ...)``, all of one member."""
-        return self._conv_forward(x, self.member_weight(member), self.member_bias(member))  # pyright: ignore
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """See ``Rank1Layer.multiply``."""
+        return self._conv_forward(x, weight, bias)  # pyright: ignore
+
+    def _row_sizes(self, x: Tensor) -> tuple[int, int]:
+        layer: Any = self
+        positions = 1
+        for axis, size in enumerate(x.shape[2:]):
+            if layer.padding != "same":
+                padding = 0 if layer.padding == "valid" else layer.padding[axis]
+                reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+                size = (size + 2 * padding - reach - 1) // layer.stride[axis] + 1
+            positions *= size
+        return x[0].numel() if len(x) else 0, positions * self.out_channels
 
     def export(self, member: int) -> nn.Module:
         """One member as torch's plain convolution."""

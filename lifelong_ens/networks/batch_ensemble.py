@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lifelong_ens.convert import convert, export
+from lifelong_ens.convert import convert, export, has_members
 from lifelong_ens.errors import InputError
 from lifelong_ens.layers.bank import Members, banks
 from lifelong_ens.networks.member_body import MemberBody
 from lifelong_ens.networks.plain import without_classifier
 from lifelong_ens.networks.task import log_mean_probability
+from lifelong_ens.replication import Replication, replicate
 
 Init = Literal["random_sign", "gaussian", "ones", "previous", "fittest"]
 TrainOn = Literal["first", "pretrained"]
@@ -89,6 +90,7 @@ class BatchEnsembleNetwork(MemberBody):
         )
         super().__init__(members, selection, "previous" if copies else init, train_on == "pretrained")
         self.members_per_task = members_per_task
+        self.replication = Replication(self.body, self.selection, has_members)
         self.origin = origin
         # which task each task started from, -1 where none; what a saved state says goes on being true
         self.register_buffer("started_from", torch.empty(0, dtype=torch.long) if init == "fittest" else None)
@@ -134,10 +136,12 @@ class BatchEnsembleNetwork(MemberBody):
 
     def member_features(self, x: Tensor, task: int | Tensor) -> Tensor:
         """What the head reads of each of the task's members, ``(members, batch, features)``."""
+        members = self._members(task)
+        if isinstance(members, tuple):
+            return self.replication(x, members)
         count = self.members_per_task
-        with self.selection.of(self._members(task)):
-            features = self.body(x if count == 1 else x.repeat(count, *[1] * (x.dim() - 1)))
-        return features.unflatten(0, (count, len(x)))
+        with self.selection.of(members):
+            return self.body(replicate(x, count)).unflatten(0, (count, len(x)))
 
     def export_task(self, task: int, member: int = 0) -> nn.Module:
         """One task as a plain network with its head on top, equal to 1e-6; ``member`` is within the task."""

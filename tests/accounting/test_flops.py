@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -109,7 +110,8 @@ def rank1_sizes() -> tuple[int, int, int]:
     return 12 + 7, 7 + 5, 12
 
 
-def test_the_first_task_of_batch_ensemble() -> None:
+def test_the_first_task_of_batch_ensemble(forced: Callable[[str], None]) -> None:
+    forced("scale")
     network = BatchEnsembleNetwork(body())
     network.begin_task(CLASSES)
     meter = training(network, lambda: network(images(), 0))
@@ -122,13 +124,17 @@ def test_the_first_task_of_batch_ensemble() -> None:
     # r of the first layer needs the gradient of its product with the image: nothing is saved there
     assert meter.backward == ROWS * 2 * (BODY + HEAD)
     # two for the vector, one towards the input unless that is the image
-    assert meter.rank1_backward == ROWS * (3 * ins + 3 * outs - first)
-    assert meter.rank1 == ROWS * (4 * (ins + outs) - first)
+    # and the scaled input once more, which is not kept for the gradient of the weight
+    assert meter.rank1_backward == ROWS * (4 * ins + 3 * outs - first)
+    assert meter.rank1 == ROWS * (5 * ins + 4 * outs - first)
     assert meter.total == sum(meter.by_component.values()) + meter.backward + meter.rank1_backward
 
 
 @pytest.mark.parametrize("members", [1, 3])
-def test_a_later_task_costs_twice_the_forward_pass_of_what_is_shared(members: int) -> None:
+def test_a_later_task_costs_twice_the_forward_pass_of_what_is_shared(
+    members: int, forced: Callable[[str], None]
+) -> None:
+    forced("scale")
     network = BatchEnsembleNetwork(body(), members_per_task=members).regrow([CLASSES] * 2)
     network.begin_task(CLASSES)
     meter = training(network, lambda: network.member_logits(images(), 2))
@@ -139,7 +145,22 @@ def test_a_later_task_costs_twice_the_forward_pass_of_what_is_shared(members: in
     assert meter.rank1 == rows * (4 * (ins + outs) - first)
 
 
-def test_a_committed_task_costs_only_its_forward_pass() -> None:
+def test_merging_costs_a_later_task_products_of_its_weights_size_and_sums_over_activations(
+    forced: Callable[[str], None],
+) -> None:
+    forced("merge")
+    network = BatchEnsembleNetwork(body()).regrow([CLASSES] * 2)
+    network.begin_task(CLASSES)
+    meter = training(network, lambda: network(images(), 2))
+    first, second = 12 * 7, 7 * 5
+    assert meter.total - meter.rank1 == ROWS * (2 * BODY + 3 * HEAD)
+    assert meter.rank1_forward == 2 * (first + second)
+    # the first layer, whose input needs no gradient, by that of its dense weight; the second by sums
+    assert meter.rank1_backward == (6 + 1) * first + 2 * ROWS * (7 + 5)
+
+
+def test_a_committed_task_costs_only_its_forward_pass(forced: Callable[[str], None]) -> None:
+    forced("scale")
     network = BatchEnsembleNetwork(body()).regrow([CLASSES] * 2)
     meter = forward_flops(network, lambda: network(images(), 1))
     ins, outs, _ = rank1_sizes()
@@ -147,7 +168,8 @@ def test_a_committed_task_costs_only_its_forward_pass() -> None:
     assert meter.by_component["fast_weights"] == ROWS * (ins + outs) == meter.rank1
 
 
-def test_rank1_products_of_convolutions() -> None:
+def test_rank1_products_of_convolutions(forced: Callable[[str], None]) -> None:
+    forced("scale")
     ensemble = batch_ensemble(nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.ReLU(), nn.Conv2d(3, 4, 3)), 2)
     meter = forward_flops(ensemble, lambda: ensemble(torch.randn(5, 2, 8, 8)))
     products = 2 * 36 + 3 * 36 + 3 * 36 + 4 * 16 + (2 * 64 - 2 * 36)
@@ -208,7 +230,10 @@ def test_an_error_inside_leaves_the_network_as_it_was() -> None:
     assert not any(module._forward_hooks for module in network.modules())
 
 
-def test_a_members_forward_pass_in_training_leaves_rank1_gradients_of_committed_vectors_out() -> None:
+def test_a_members_forward_pass_in_training_leaves_rank1_gradients_of_committed_vectors_out(
+    forced: Callable[[str], None],
+) -> None:
+    forced("scale")
     body_, selection = convert(body(), 1)
     for module in body_.modules():
         if isinstance(module, Rank1Layer):
@@ -217,8 +242,8 @@ def test_a_members_forward_pass_in_training_leaves_rank1_gradients_of_committed_
     with selection.of(0):
         meter = training(body_, lambda: body_(images()))
     ins, outs, first = rank1_sizes()
-    # towards the activations only
-    assert meter.rank1_backward == ROWS * (ins - first + outs)
+    # towards the activations only, and the scaled inputs once more
+    assert meter.rank1_backward == ROWS * (2 * ins - first + outs)
 
 
 def test_folding_rank1_into_a_convolution_costs_products_of_its_weights_size() -> None:
@@ -229,7 +254,8 @@ def test_folding_rank1_into_a_convolution_costs_products_of_its_weights_size() -
         meter = training(conv, lambda: conv(x))
     weight, outer = 4 * 3 * 9, 4 * 3
     assert meter.rank1_forward == outer + weight
-    assert meter.rank1_backward == 2 * weight + 4 * outer
+    # and the outer product once more
+    assert meter.rank1_backward == 2 * weight + 5 * outer
     # the folded weight's gradient, and none towards the images
     assert meter.backward == 2 * weight * 8 * 8 * 8
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,7 +59,8 @@ def test_a_new_phase_is_measured_again() -> None:
     assert meter.flops == 10 * TRAINING + 10 * (FORWARD + 2 * 5 * CLASSES)
 
 
-def test_rank1_products_are_listed_apart_and_part_of_the_whole() -> None:
+def test_rank1_products_are_listed_apart_and_part_of_the_whole(forced: Callable[[str], None]) -> None:
+    forced("scale")
     net = BatchEnsembleNetwork(mlp(input_shape=(3, 2, 2), hidden=WIDTHS[1:])).regrow([CLASSES])
     net.begin_task(CLASSES)
     meter = TrainingMeter()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
+from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear, explain
 
 Randomise = Callable[..., nn.Module]
 
@@ -291,30 +291,142 @@ def test_one_compilation_serves_all_batch_sizes(grad: bool, pairs: dict[str, int
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("mode", ["scale", "merge", "batched"])
+@pytest.mark.parametrize("members", SELECTIONS.values(), ids=SELECTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_folding_into_the_weight_equals_scaling_activations(case: str, randomise: Randomise) -> None:
-    layer, shape = filled(case, randomise)
-    x = torch.randn(40, *shape, dtype=torch.float64)
-    results = []
-    for input_needs_grad in (False, True):
-        layer.train().zero_grad()
-        x.requires_grad_(input_needs_grad)
-        with layer.selection.of(1):
-            assert layer.merges(x) != input_needs_grad
-            y = layer(x)
-        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
-        results.append([y.detach(), layer.r.active.grad, layer.s.active.grad, layer.weight.grad])
-    for merged, scaled in zip(*results, strict=True):
-        torch.testing.assert_close(merged, scaled)
-
-
-def test_evaluation_never_folds_so_that_frozen_members_answer_the_same_to_the_bit(
+@pytest.mark.parametrize("learns", ["all", "not the shared weight", "not the input", "vectors alone"])
+def test_every_way_to_run_equals_the_dense_form_and_so_do_its_gradients(
+    mode: str,
+    case: str,
+    members: int | Tensor | None,
+    learns: str,
     randomise: Randomise,
+    forced: Callable[[str], None],
 ) -> None:
+    forced(mode)
+    layer, shape = filled(case, randomise)
+    layer.weight.requires_grad_(learns in ("all", "not the input"))
+    parts = tensors(layer)
+    x = torch.randn(6, *shape, dtype=torch.float64, requires_grad=learns in ("all", "not the shared weight"))
+    with layer.selection.of(members):
+        out = layer(x)
+    rows = [dense_row(layer, parts, x[i : i + 1], m) for i, m in enumerate(owners(members, 6))]
+    expected = torch.cat(rows)
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn_like(out)
+    own = {name: leaf for name, leaf in leaves(layer).items() if leaf.requires_grad}
+    inputs = [x] if x.requires_grad else []
+    grads = torch.autograd.grad((out * direction).sum(), [*inputs, *own.values()])
+    dense = torch.autograd.grad((expected * direction).sum(), [*inputs, *(parts[name] for name in own)])
+    for grad, dense_grad in zip(grads, dense, strict=True):
+        torch.testing.assert_close(grad, dense_grad)
+
+
+def test_gradients_at_vectors_of_zero_are_right_where_the_shared_weight_is_frozen(
+    randomise: Randomise, forced: Callable[[str], None]
+) -> None:
+    forced("merge")
     layer, shape = filled("2d", randomise)
-    layer.eval()
+    layer.weight.requires_grad_(False)
+    with torch.no_grad():
+        layer.r.active[1, 2] = layer.s.active[1, 3] = 0.0
+    parts = tensors(layer)
+    x = torch.randn(6, *shape, dtype=torch.float64, requires_grad=True)
+    with layer.selection.of(1):
+        out = layer(x)
+    expected = torch.cat([dense_row(layer, parts, x[i : i + 1], 1) for i in range(6)])
+    torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
+    direction = torch.randn_like(out)
+    grads = torch.autograd.grad((out * direction).sum(), [x, layer.r.active, layer.s.active])
+    dense = torch.autograd.grad((expected * direction).sum(), [x, parts["r"], parts["s"]])
+    for grad, dense_grad in zip(grads, dense, strict=True):
+        torch.testing.assert_close(grad, dense_grad, atol=1e-9, rtol=1e-7)
+    assert grads[1][1, 2] != 0
+    assert grads[2][1, 3] != 0
+
+
+def test_an_activation_in_place_right_after_the_layer_is_no_error(
+    randomise: Randomise, forced: Callable[[str], None]
+) -> None:
+    forced("merge")
+    layer, shape = filled("2d no bias", randomise)
+    layer.weight.requires_grad_(False)
+    x = torch.randn(6, *shape, dtype=torch.float64, requires_grad=True)
+    found = []
+    for activation in (F.relu, F.relu_):
+        with layer.selection.of(1):
+            out = activation(layer(x))
+        found.append(torch.autograd.grad(out.square().sum(), [x, layer.r.active, layer.s.active]))
+    for plain, in_place in zip(*found, strict=True):
+        torch.testing.assert_close(plain, in_place)
+
+
+@pytest.mark.parametrize("mode", ["scale", "merge"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_bfloat16_gradients_are_near_those_of_float32(
+    mode: str, frozen: bool, randomise: Randomise, forced: Callable[[str], None]
+) -> None:
+    forced(mode)
+    layer, shape = filled("2d", randomise)
+    layer = layer.float()
+    layer.weight.requires_grad_(not frozen)
+    x = torch.randn(16, *shape, requires_grad=True)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), layer.selection.of(1):
+            out = layer(x)
+        assert out.dtype == (torch.bfloat16 if enabled else torch.float32)
+        found.append(torch.autograd.grad(out.float().square().mean(), [x, layer.r.active, layer.s.active]))
+    for exact, rough in zip(*found, strict=True):
+        assert rough.dtype == torch.float32
+        assert (exact - rough).norm() < 0.03 * exact.norm()
+
+
+def saved_bytes(run: Callable[[], Tensor], parameters: set[int]) -> int:
+    """Bytes kept for the backward pass of ``run``, each storage once, parameters left out."""
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        out = run()
+        total = sum(storages.values())  # while all of them are alive
+    del out
+    return total
+
+
+@pytest.mark.parametrize("mode", ["scale", "merge"])
+def test_what_is_multiplied_with_r_is_computed_again_and_not_kept(
+    mode: str, randomise: Randomise, forced: Callable[[str], None]
+) -> None:
+    forced(mode)
+    layer = Rank1Conv2d(16, 16, 3, padding=1, bias=False, num_members=1)
+    x = torch.randn(32, 16, 8, 8, requires_grad=True)
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     with layer.selection.of(0):
-        assert not layer.merges(torch.randn(40, *shape))
+        kept = saved_bytes(lambda: layer(x), own)
+    size = x.numel() * x.itemsize
+    vectors, dense = 2 * 16 * 4, 16 * 16 * 9 * 4
+    assert kept == pytest.approx({"scale": 2 * size, "merge": size + dense}[mode], abs=2 * vectors)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_evaluation_answers_the_same_to_the_bit_whatever_needs_gradients(
+    case: str, randomise: Randomise
+) -> None:
+    layer, shape = filled(case, randomise)
+    layer.eval()
+    x = torch.randn(40, *shape, dtype=torch.float64)
+    with layer.selection.of(0):
+        expected = layer(x)
+        layer.requires_grad_(False)
+        assert torch.equal(layer(x), expected)
+        with torch.no_grad():
+            assert torch.equal(layer(x.requires_grad_()), expected)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -342,3 +454,14 @@ def test_frozen_members_answer_the_same_to_the_bit_whatever_is_asked_beside_them
             with layer.selection.of(1):
                 answers.append(layer(x.requires_grad_(needs_grad)).detach())
     assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+def test_the_explanation_has_every_layer_once_and_why_it_runs_as_it_does() -> None:
+    network = nested(2).eval()
+    text = explain(network, lambda: network(torch.randn(4, 3, 5, 5)))
+    names = [line.split(":")[0] for line in text.splitlines() if not line.startswith(" ")]
+    assert names == ["0.0", "0.2.0", "3"]
+    assert "4 rows of 2 member(s)" in text
+    with network[3].selection.of(torch.tensor([0, 1, 1, 0])):
+        text = explain(network, lambda: network(torch.randn(4, 3, 5, 5)))
+    assert text.count("the only way for these rows") == 3

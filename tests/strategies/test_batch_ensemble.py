@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,9 @@ def test_options_that_do_not_go(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("validation", [0.0, 0.2])
 @pytest.mark.parametrize(("members", "fittest"), [(1, 0), (1, 1), (2, 0)])
 def test_the_fittest_start_is_the_task_whose_features_say_something(
-    validation: float, members: int, fittest: int
+    validation: float, members: int, fittest: int, forced: Callable[[str], None]
 ) -> None:
+    forced("scale")
     stream = split_digits(num_tasks=3, validation=validation)
     strategy = batch_ensemble_lifelong(body(), init="fittest", members_per_task=members, fit=FIT)
     network, held_out = strategy.network, stream.streams.get("valid")
