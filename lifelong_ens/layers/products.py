@@ -136,11 +136,15 @@ class _Merged(torch.autograd.Function):
             return product.forward(x, dense, bias)
         r, s = r + TINY, s + TINY
         dense = dense_weight(weight, r, s, product.groups).to(x.dtype)
-        ctx.save_for_backward(x, dense, r, s)
         y = product.forward(x, dense)
-        # not saved the usual way: an activation in place may overwrite it, which is no error here
+        if bias is not None:
+            ctx.save_for_backward(x, dense, r, s, y)
+            return y + along_channels(bias, y, product.channel_axis)
+        # its own output, which a norm behind it keeps anyway, is not saved the usual way: an activation in place may
+        # overwrite it, which is no error here
+        ctx.save_for_backward(x, dense, r, s)
         ctx.output, ctx.version = y.detach(), y._version
-        return y if bias is None else y + along_channels(bias, y, product.channel_axis)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -151,8 +155,11 @@ class _Merged(torch.autograd.Function):
 
 def _by_sums(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients where W is frozen and the input learns."""
-    (x, dense, r, s), product, axis = ctx.saved_tensors, ctx.product, ctx.product.channel_axis
-    y = ctx.output if ctx.output._version == ctx.version else product.forward(x, dense)
+    (x, dense, r, s, *kept), product, axis = ctx.saved_tensors, ctx.product, ctx.product.channel_axis
+    if kept:
+        (y,) = kept
+    else:
+        y = ctx.output if ctx.output._version == ctx.version else product.forward(x, dense)
     bias_learns = ctx.needs_input_grad[4]
     dx, _, _ = product.backward(gradient, x, dense, (True, False, False))
     dr = _sum_to_channels(x * dx, axis) / r
