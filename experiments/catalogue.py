@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,24 @@ def describe(target: str) -> Entry:
             )
             return Entry(doc.partition("\n")[0], options)
     raise InputError(f"{module} has no {name!r}.")
+
+
+def option_lines(target: str) -> list[str]:
+    """The options of one of our builders as the command line shows them."""
+    lines = []
+    for option in describe(target).options:
+        default = "" if option.default in (None, "None") else f" (default: {option.default})"
+        text = f"{option.help}{default}".replace("``", "")
+        lines.append(f"  --{option.name} {_values(option.type)}".rstrip())
+        lines += [f"      {line}" for line in textwrap.wrap(text, 76)]
+    return lines
+
+
+def _values(annotation: str) -> str:
+    """A type as a hint: choices for a literal, nothing for a name that only the source explains."""
+    if annotation.startswith("Literal["):
+        return "|".join(re.findall(r"'([^']*)'", annotation))
+    return "" if annotation[:1].isupper() else annotation
 
 
 def _arguments(node: ast.FunctionDef) -> list[tuple[str, str, str | None]]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import catalogue, reproduce
+from experiments.bench import command as bench
 from experiments.search import DEFAULT_SEARCH
 from lifelong_ens.errors import InputError, NonFiniteLossError, nearest
 
@@ -148,21 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_debug(names)
     names.set_defaults(run=_list)
 
-    bench = commands.add_parser("bench", help="speed against named peers, in one interleaved run", **common)
-    bench.add_argument(
-        "name", choices=["loop"], help="loop: the training loop against Avalanche and a bare loop"
-    )
-    bench.add_argument(
-        "--repeats", type=int, default=5, help="interleaved repeats; medians are printed (default: 5)"
-    )
-    bench.add_argument("--images", type=int, default=1024, help="images per task (default: 1024)")
-    bench.add_argument("--epochs", type=int, help="epochs per task (default: 16 for the MLP, 8 for LeNet-5)")
-    bench.add_argument(
-        "--root", type=Path, help="folder with MNIST/raw (default: scikit-learn's digits at 28x28)"
-    )
-    bench.add_argument("--out", type=Path, help="folder for bench_loop.csv and bench_loop_ratios.csv")
-    _add_debug(bench)
-    bench.set_defaults(run=_bench)
+    measured = commands.add_parser("bench", help=bench.HELP, **common)
+    bench.add_arguments(measured)
+    _add_debug(measured)
+    measured.set_defaults(run=bench.run)
     return parser
 
 
@@ -234,7 +222,7 @@ def _add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare_epilog() -> str:
-    lines = ["options of training:", *_option_lines(catalogue.FIT)]
+    lines = ["options of training:", *catalogue.option_lines(catalogue.FIT)]
     lines += ["", "Options of the stream, network and strategies are given the same way, --num_tasks 10; see"]
     lines += [
         "lifelong-ens list NAME. One for a single strategy is written --batch_ensemble.init gaussian, and"
@@ -298,23 +286,6 @@ def _reproduction_lines() -> list[str]:
     return [f"  {name:24} {reproduce.find(name).summary}" for name in reproduce.NAMES]
 
 
-def _option_lines(target: str) -> list[str]:
-    lines = []
-    for option in catalogue.describe(target).options:
-        default = "" if option.default in (None, "None") else f" (default: {option.default})"
-        text = f"{option.help}{default}".replace("``", "")
-        lines.append(f"  --{option.name} {_values(option.type)}".rstrip())
-        lines += [f"      {line}" for line in textwrap.wrap(text, 76)]
-    return lines
-
-
-def _values(annotation: str) -> str:
-    """A type as a hint: choices for a literal, nothing for a name that only the source explains."""
-    if annotation.startswith("Literal["):
-        return "|".join(re.findall(r"'([^']*)'", annotation))
-    return "" if annotation[:1].isupper() else annotation
-
-
 def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     _refuse(rest)
     plurals = {"streams": "stream", "strategies": "strategy", "methods": "method", "networks": "network"}
@@ -323,15 +294,19 @@ def _list(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         print("\n".join(_reproduction_lines()))
         return
     if name == "training":
-        print("\n".join(_option_lines(catalogue.FIT)))
+        print("\n".join(catalogue.option_lines(catalogue.FIT)))
         return
     # a strategy and a way of making ensembles may have one name
     described = [(kind, builders[name]) for kind, builders in catalogue.KINDS.items() if name in builders]
     for kind, target in described:
-        print("\n".join([f"{name} ({kind}): {catalogue.describe(target).summary}", *_option_lines(target)]))
+        print(
+            "\n".join(
+                [f"{name} ({kind}): {catalogue.describe(target).summary}", *catalogue.option_lines(target)]
+            )
+        )
     if name in reproduce.NAMES:
         declared = reproduce.find(name)
-        lines = [f"{name} (reproduction): {declared.summary}", *_option_lines(declared.options)]
+        lines = [f"{name} (reproduction): {declared.summary}", *catalogue.option_lines(declared.options)]
         print("\n".join(lines))
     if described or name in reproduce.NAMES:
         return
@@ -378,13 +353,6 @@ def _report(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         raise InputError(f"--baseline {parsed.baseline} did not run; {nearest(parsed.baseline, known)}")
     report.write(parsed.out, parsed.baseline)
     _show(report, parsed.out)
-
-
-def _bench(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
-    _refuse(rest)
-    from experiments.bench import bench_loop
-
-    print(bench_loop(parsed.repeats, parsed.images, epochs=parsed.epochs, root=parsed.root, out=parsed.out))
 
 
 def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -1,18 +1,25 @@
-"""The tables of README, made anew from the committed records: ``python -m experiments.reproduce.readme``."""
+"""The tables of README, made anew from the committed results: ``python -m experiments.reproduce.readme``."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from experiments import reproduce
+from experiments.bench.table import Table
+from experiments.reproduce.declaration import Shown
 
 RESULTS = Path("experiments/results")
+
+
+def table_of(folder: Path) -> Shown:
+    """The table of what a folder of results holds: the benchmark's, or records of a reproduction."""
+    return Table.load(folder) if Table.exists(folder) else reproduce.find(folder.name).table_of(folder)
 
 
 def refreshed(text: str, results: Path) -> str:
     """``text`` with the table of each folder of ``results`` between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     for folder in sorted(results.iterdir()):
-        block = reproduce.find(folder.name).table_of(folder).block()
+        block = table_of(folder).block()
         mark = f"<!-- table {folder.name} -->"
         before, found, after = text.partition(f"{mark}\n")
         if found:
@@ -23,8 +30,7 @@ def refreshed(text: str, results: Path) -> str:
 def main() -> None:
     """Write README's tables and every committed ``table.md``."""
     for folder in RESULTS.iterdir():
-        table = reproduce.find(folder.name).table_of(folder)
-        (folder / "table.md").write_text(table.markdown())
+        (folder / "table.md").write_text(table_of(folder).markdown())
     readme = Path("README.md")
     readme.write_text(refreshed(readme.read_text(), RESULTS))
 
