@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         help="also guess each test image's task: none, entropy or max_probability (default: none)",
     )
     compare.add_argument(
+        "--evaluate",
+        metavar="WHAT",
+        help="asked after a task where earlier answers cannot change: new, the task alone, or all (default: new)",
+    )
+    compare.add_argument(
         "--force", action="store_true", default=None, help="repeat runs whose records are there"
     )
     _add_debug(compare)

@@ -31,7 +31,9 @@ GENERAL = {
     "out": None,
     "device": "auto",
 }
-COMPARE = {"task_inference": "none", "force": False, "tuning": None}
+COMPARE = {"task_inference": "none", "evaluate": "new", "force": False, "tuning": None}
+# options of measuring, and what each may be
+MEASURED = {"task_inference": ("none", "entropy", "max_probability"), "evaluate": ("new", "all")}
 TUNE = {"trials": 20, "num_tasks_used": 3, "search": None}
 FIT_OWNER = "training"
 # up to 28x28 pixels, where an MLP is the network by default
@@ -112,12 +114,10 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
     """
     experiment = read_experiment(parsed, rest)
     general = experiment.general
-    inference = _inference(general["task_inference"])
+    measured = {name: _one_of(name, general[name], values) for name, values in MEASURED.items()}
     tuning = _tuning(experiment, general["tuning"])
     cells = [
-        experiment.cell(
-            name, seed, experiment.options(name), task_inference=inference, tuning=tuning.get(name)
-        )
+        experiment.cell(name, seed, experiment.options(name), **measured, tuning=tuning.get(name))
         for seed in experiment.seeds
         for name in experiment.strategies
     ]
@@ -221,10 +221,9 @@ def names_of(option: str, value: Any) -> list[str]:
     return names
 
 
-def _inference(value: Any) -> Any:
-    rules = ("none", "entropy", "max_probability")
-    if value not in rules:
-        raise InputError(f"--task_inference {value}: expected one of {', '.join(rules)}.")
+def _one_of(option: str, value: Any, values: Sequence[str]) -> Any:
+    if value not in values:
+        raise InputError(f"--{option} {value}: expected one of {', '.join(values)}.")
     return value
 
 

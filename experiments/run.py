@@ -22,15 +22,13 @@ import torch
 from avalanche.benchmarks import CLExperience, CLScenario
 from avalanche.training.templates import SupervisedTemplate
 
+from experiments.examination import Evaluate, Examination
 from lifelong_ens.errors import DamagedFileError, InputError, NonFiniteLossError
-from lifelong_ens.metrics.diversity import disagreement
-from lifelong_ens.metrics.uncertainty import calibration, ensemble_log_probs, pooled, predictive_entropy
 from lifelong_ens.report.records import SCHEMA, check_record
 from lifelong_ens.store import read_json, read_tensors, tensors_sha256, write_json, write_tensors
 from lifelong_ens.training.seeding import seeded
 from strategies.base import Strategy
 from strategies.costs import component_sizes, forward_cost, metered, network_of
-from strategies.evaluation import infer_tasks, predict
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +60,8 @@ class Cell:
         seed: Of everything random.
         task_inference: How the task of a test image is guessed beside being told: ``none``, ``entropy`` or
             ``max_probability``.
+        evaluate: What is asked after every task, where a strategy's past cannot change: the ``new`` task, or ``all``
+            again. Both give the same numbers, so that it is no part of what the run is.
         tuning: How options of the strategy were tuned, see ``lifelong_ens.report.records``; None where they were
             given. It says where a run comes from and is no part of what the run is.
     """
@@ -72,6 +72,7 @@ class Cell:
     fit: Mapping[str, Any]
     seed: int
     task_inference: Literal["none", "entropy", "max_probability"] = "none"
+    evaluate: Evaluate = "new"
     tuning: Mapping[str, Any] | None = None
 
     @property
@@ -143,6 +144,7 @@ class Run:
         self.costs.on_step = on_step
         self.experiences: list[CLExperience] = list(benchmark.streams["train"])
         self.tests: list[CLExperience] = list(benchmark.streams["test"])
+        self.examination = Examination(self.tests, cell.task_inference, cell.evaluate)
         self.progress = Progress(len(self.experiences))
         self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
 
@@ -251,37 +253,13 @@ class Run:
     def _evaluate(self, task: int) -> dict[str, float]:
         """Row ``task`` of the accuracy matrix, over the tasks that have been learnt; calibration over all of them."""
         start = time.perf_counter()
-        predictions = []
-        for index, test in enumerate(self.tests):
-            if not set(test.task_labels) <= set(self.progress.task_labels):  # pyright: ignore
-                continue
-            answers = predict(self.strategy, [test])
-            if answers is None:
-                continue
-            log_probs, labels = answers
-            right = ensemble_log_probs(log_probs).argmax(dim=-1) == labels
-            self.progress.accuracy[task][index] = float(right.double().mean())
-            several = len(log_probs) > 1
-            predictions.append(answers)
-            inferred = self._infer_task(test)
-            self.progress.uncertainty.append(
-                {
-                    "task_identification_accuracy": inferred and inferred[0],
-                    "class_incremental_accuracy": inferred and inferred[1],
-                    "trained_task": task,
-                    "eval_task": index,
-                    **calibration(log_probs, labels),
-                    "entropy": float(predictive_entropy(log_probs).mean()),
-                    "disagreement": float(disagreement(log_probs)) if several else None,
-                }
-            )
-        over_stream = calibration(*pooled(predictions)) if predictions else {}
+        last = task == len(self.tests) - 1
+        row = self.examination.examine(self.strategy, self.progress.task_labels, last)
+        for index, share in row.accuracy.items():
+            self.progress.accuracy[task][index] = share
+        self.progress.uncertainty += [{"trained_task": task, **entry} for entry in row.uncertainty]
         self.progress.seconds_evaluation += time.perf_counter() - start
-        return over_stream
-
-    def _infer_task(self, test: CLExperience) -> tuple[float, float] | None:
-        rule = self.cell.task_inference
-        return None if rule == "none" else infer_tasks(self.strategy, test, rule)
+        return row.over_stream
 
     def _commit_checkpoint(self, state: Path, state_digest: str) -> None:
         """Write what goes with the state; with this file the task is finished. Then the earlier ones may go."""
@@ -312,6 +290,7 @@ class Run:
             "fit": dict(self.cell.fit),
             "seed": self.cell.seed,
             "task_inference": self.cell.task_inference,
+            "evaluate": self.examination.mode(self.strategy),
             "tuning": self.cell.tuning,
             "setting": self.cell.setting,
             "accuracy": self.progress.accuracy,

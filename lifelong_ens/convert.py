@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.attention import Rank1MultiheadAttention
 from lifelong_ens.layers.bank import Selection, banks
+from lifelong_ens.layers.exported import ExportedMembers
 from lifelong_ens.layers.hyper import HyperLayer
+from lifelong_ens.layers.masked import MaskedLayer
 from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
 from lifelong_ens.replication import Replication, by_member_first, replicate, sole_readers
@@ -53,6 +55,8 @@ MEMBER_LAYERS = (
     MemberLayerNorm,
     MemberGroupNorm,
 )
+# each has an export(member) of its own
+EXPORTS = (*MEMBER_LAYERS, MaskedLayer)
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,8 @@ class MemberNetwork(nn.Module):
         if ids is not None:
             if ids.shape != x.shape[:1]:
                 raise ValueError(f"ids name one member per row: expected {len(x)} of them, not {len(ids)}.")
-            self._check(ids.tolist())
+            if not torch.compiler.is_compiling():  # there an id that does not exist fails where it is used
+                self._check(ids.tolist())
             with self.selection.of(ids):
                 return self.body(x, *more, **named)
         chosen = range(self.num_members) if members is None else members
@@ -243,6 +248,10 @@ class MemberNetwork(nn.Module):
         self._check([member])
         return export(self.body, member)
 
+    def export_ensemble(self) -> ExportedMembers:
+        """All members as plain networks in a list that is a module: called, it answers as this one does."""
+        return ExportedMembers(self.export_member(member) for member in range(self.num_members))
+
     def _check(self, members: Sequence[int]) -> None:
         wrong = [member for member in members if not 0 <= member < self.num_members]
         if wrong or not len(members):
@@ -265,9 +274,13 @@ def export(body: nn.Module, member: int) -> nn.Module:
     """A converted body as a plain network with one member's weights folded in."""
     with torch.no_grad():
         body = copy.deepcopy(body)
-        units = [module for _, module in _units(body) if isinstance(module, MEMBER_LAYERS)]
+        units = [module for _, module in _units(body) if isinstance(module, EXPORTS)]
         layers: dict[nn.Module, nn.Module] = {module: cast("Any", module).export(member) for module in units}
-        return replace_modules(body, layers)
+        plain = replace_modules(body, layers)
+    for module in plain.modules():
+        for path, before in module.__dict__.pop("switched_off", {}).items():
+            setattr(module, path, before)
+    return plain
 
 
 def append_members(body: nn.Module, num_members: int, init: str) -> None:
@@ -299,7 +312,7 @@ def _units(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if id(module) in inside:
             continue
-        if isinstance(module, (nn.MultiheadAttention, *MEMBER_LAYERS)):
+        if isinstance(module, (nn.MultiheadAttention, *EXPORTS)):
             inside.update(map(id, module.modules()))
             yield name, module
         elif module._parameters or module._buffers:
@@ -369,12 +382,18 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
     for module in list(model.modules()):
         if isinstance(module, nn.TransformerEncoder) and any(one in replacements for one in module.modules()):
             # its inference path for padded batches reads its layers' weights too
-            module.use_nested_tensor = False
+            _switch_off(module, "use_nested_tensor")
         # not named_children, which leaves out the second name of a module that stands in two places
         for name, child in list(module._modules.items()):
             if child is not None and child in replacements:
                 setattr(module, name, replacements[child])
                 if isinstance(module, nn.TransformerEncoderLayer):
                     # its fused inference path reads the weights of its children without calling them
-                    module.activation_relu_or_gelu = 0
+                    _switch_off(module, "activation_relu_or_gelu")
     return model
+
+
+def _switch_off(module: nn.Module, path: str) -> None:
+    """Switch off an inference path of torch's, and remember what it was for an export."""
+    module.__dict__.setdefault("switched_off", {}).setdefault(path, getattr(module, path))
+    setattr(module, path, 0)

@@ -64,7 +64,9 @@ class Replication:
 
     def in_turn(self, x: Tensor, num_members: int) -> bool:
         """Whether these rows go through the network once for every one of so many members."""
-        if self.late is not None or torch.compiler.is_compiling() or not len(x) or self._mixes_rows():
+        # one graph serves all members
+        compiled = torch.compiler.is_compiling() or self.body._compiled_call_impl is not None
+        if self.late is not None or compiled or not len(x) or self._mixes_rows():
             return False
         key = (x.shape[1:], x.dtype)
         if key not in self._sizes:

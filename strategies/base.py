@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.errors import InputError, NonFiniteLossError
 from lifelong_ens.networks.task import TaskNetwork
 from lifelong_ens.training.fit import Fit
-from lifelong_ens.training.loop import EarlyStopping, Optimisation, mean_loss, run_epoch
+from lifelong_ens.training.loop import EarlyStopping, Optimisation, compiled, mean_loss, run_epoch
 from lifelong_ens.training.losses import member_loss
 from strategies.evaluation import accuracy
 from strategies.loader import Batch, BatchLoader, together
@@ -105,7 +105,6 @@ class Strategy(SupervisedTemplate):
         self.epoch_loss = math.nan
         self._losses: list[Tensor] = []
         self._task_label: int | None = None
-        self._compiled: Callable[..., Tensor] | None = None
 
     def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
         """Avalanche's ``train``; the caller's random generators are left as they were."""
@@ -231,7 +230,6 @@ class Strategy(SupervisedTemplate):
         torch.manual_seed(self._task_seed(self.network.num_tasks))
         self.model = self.model_adaptation()
         self.model.train()
-        self._compiled = torch.compile(self._forward()) if self.fit.compile else None
         self.start_phase()
 
     def make_train_dataloader(self, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -254,7 +252,7 @@ class Strategy(SupervisedTemplate):
     def _train_exp(self, experience: CLExperience, eval_streams: Any = None, **kwargs: Any) -> None:
         streams = [stream if isinstance(stream, Sequence) else [stream] for stream in eval_streams or []]
         validation = [one for stream in streams for one in stream]
-        with self.meter.timing():
+        with self.meter.timing(), compiled(self.network.compiled_parts() if self.fit.compile else []):
             self.fit_task(validation)
             self.network.finish_task()
 
@@ -273,12 +271,8 @@ class Strategy(SupervisedTemplate):
 
     def _logits(self, x: Tensor) -> Tensor:
         """``(batch, classes)``, or ``(members, batch, classes)`` where a task holds several members."""
-        if self._compiled is not None and self.meter.measured:
-            return self._compiled(x, self._task())
-        return self._forward()(x, self._task())
-
-    def _forward(self) -> Callable[..., Tensor]:
-        return self.network if self.network.members_per_task == 1 else self.network.member_logits
+        forward = self.network if self.network.members_per_task == 1 else self.network.member_logits
+        return forward(x, self._task())
 
     def _loss_of(self, batch: Batch) -> Tensor:
         self.mbatch = batch
@@ -296,7 +290,9 @@ class Strategy(SupervisedTemplate):
             if self.meter.measured:
                 yield batch
             else:
-                with self.meter.measure(self.network, rows):
+                # what is compiled cannot be counted
+                eager = torch.compiler.set_stance("force_eager") if self.fit.compile else nullcontext()
+                with self.meter.measure(self.network, rows), eager:
                     yield batch
             self.meter.count(rows)
             if self.on_step is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -98,19 +97,13 @@ class LearningWithoutForgetting(Strategy):
 
     def _logits(self, x: Tensor) -> Tensor:
         """Logits of the images' own tasks; those of earlier heads, and the teacher's, are kept for ``penalty``."""
-        logits, self._answers = super()._logits(x)
+        features, heads = self.network.body(x), self.network.heads
+        self._answers = [heads[earlier](features) for earlier in self._earlier]
         if self._teacher is not None:
             with torch.no_grad():
-                features = self._teacher.body(x)
-                self._wanted = [self._teacher.heads[task](features) for task in self._earlier]
-        return logits
-
-    def _forward(self) -> Callable[..., Any]:
-        return self._with_earlier_heads
-
-    def _with_earlier_heads(self, x: Tensor, task: int | Tensor) -> tuple[Tensor, list[Tensor]]:
-        features, heads = self.network.body(x), self.network.heads
-        return heads(features, task), [heads[earlier](features) for earlier in self._earlier]
+                known = self._teacher.body(x)
+                self._wanted = [self._teacher.heads[task](known) for task in self._earlier]
+        return heads(features, self._task())
 
 
 def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from avalanche.benchmarks import CLExperience
@@ -16,84 +16,132 @@ from strategies.loader import evaluation_batches
 from strategies.model import TaskModel, task_indices
 
 TaskInference = Literal["entropy", "max_probability"]
+# log-probabilities (members, images, classes) and labels (images,)
+Answers = tuple[Tensor, Tensor]
 
 
 def predict(
     strategy: SupervisedTemplate, experiences: Sequence[CLExperience], batch_size: int = 512
-) -> tuple[Tensor, Tensor] | None:
+) -> Answers | None:
     """What the members of each image's task answer; nothing of the model changes.
 
     Returns:
         Log-probabilities ``(members, images, classes)`` and labels ``(images,)`` on the CPU; None where a task has
         not been learnt yet.
     """
-    model = strategy.model
-    log_probs, labels = [], []
-    with evaluating(model):
-        for experience in experiences:
-            if isinstance(model, TaskModel) and not set(experience.task_labels) <= set(model.tasks):  # pyright: ignore
-                return None
-            for x, y, task_labels in evaluation_batches(experience.dataset, batch_size, strategy.device):  # pyright: ignore
-                log_probs.append(torch.log_softmax(_answers(model, x, task_labels).float(), dim=-1).cpu())
-                labels.append(y.cpu())
+    parts = predict_each(strategy, experiences, batch_size)
+    if any(part is None for part in parts):
+        return None
+    log_probs, labels = zip(*(part for part in parts if part is not None), strict=True)
     return torch.cat(log_probs, dim=1), torch.cat(labels)
 
 
+def predict_each(
+    strategy: SupervisedTemplate, experiences: Sequence[CLExperience], batch_size: int = 512
+) -> list[Answers | None]:
+    """What ``predict`` says of each experience; the network is put into evaluation mode once for all."""
+    model = strategy.model
+    with evaluating(model):
+        return [_answers(strategy, model, experience, batch_size) for experience in experiences]
+
+
+def accuracies(strategy: SupervisedTemplate, experiences: Sequence[CLExperience]) -> list[float]:
+    """Share of right answers in [0, 1] for each experience; NaN for a task that is not learnt yet."""
+    return [_accuracy(answers) for answers in predict_each(strategy, experiences)]
+
+
+def accuracy(strategy: SupervisedTemplate, experiences: Sequence[CLExperience]) -> float:
+    """Share of right answers in [0, 1] over all images of the experiences; NaN for a task not learnt yet."""
+    return _accuracy(predict(strategy, experiences))
+
+
 def infer_tasks(
-    strategy: SupervisedTemplate, experience: CLExperience, rule: TaskInference, batch_size: int = 128
+    strategy: SupervisedTemplate, experience: CLExperience, rule: TaskInference
 ) -> tuple[float, float] | None:
-    """Answer a task's images without being told the task: all tasks answer in one pass, the surest is believed.
+    """Answer a task's images without being told the task: all tasks answer, the surest is believed.
 
     Args:
         strategy: One whose network is a ``TaskNetwork``.
         experience: Images of one task that has been learnt.
         rule: ``entropy``: the task whose prediction has the lowest entropy relative to a uniform one over its
             classes; ``max_probability``: the one with the most probable class.
-        batch_size: Images per pass; every learnt task sees each.
 
     Returns:
         The share of images whose task is found, and the share whose task and class are right, both in [0, 1]; None
         where the network is not ours or has not learnt the task.
     """
-    model = strategy.model
-    (label,) = experience.task_labels  # pyright: ignore
-    if not isinstance(model, TaskModel) or label not in model.tasks:
+    answers = predict(strategy, [experience])
+    if answers is None or not isinstance(strategy.model, TaskModel):
         return None
-    network, own = model.network, model.tasks[label]
-    classes = torch.tensor(network.classes_per_task, device=strategy.device)
-    found = right = rows = 0
+    sure = certainty(strategy, experience, rule, range(strategy.model.network.num_tasks))
+    return shares_found(strategy, experience, sure, answers)
+
+
+def certainty(
+    strategy: SupervisedTemplate,
+    experience: CLExperience,
+    rule: TaskInference,
+    tasks: Sequence[int],
+    batch_size: int = 512,
+) -> Tensor:
+    """How sure each of these tasks is of each image, ``(tasks, images)``, on the CPU; higher is surer."""
+    model: Any = strategy.model
+    rows: list[Tensor] = []
     with evaluating(model):
-        for x, y, _ in evaluation_batches(experience.dataset, batch_size, strategy.device):  # pyright: ignore
-            tasks = torch.arange(len(classes), device=x.device)
-            logits = network(x.repeat(len(tasks), *[1] * (x.dim() - 1)), tasks.repeat_interleave(len(x)))
-            log_probs = torch.log_softmax(logits.float(), dim=-1).unflatten(0, (len(tasks), len(x)))
-            mine = _certainty(log_probs, classes, rule).argmax(dim=0) == own
-            found += int(mine.sum())
-            right += int((mine & (log_probs[own].argmax(dim=-1) == y)).sum())
-            rows += len(y)
-    return found / rows, right / rows
+        for x, _, _ in evaluation_batches(experience.dataset, batch_size, strategy.device):  # pyright: ignore
+            rows.append(torch.stack([_certainty(model.network(x, task), rule) for task in tasks]).cpu())
+    return torch.cat(rows, dim=1)
 
 
-def _certainty(log_probs: Tensor, classes: Tensor, rule: TaskInference) -> Tensor:
-    """How sure each task is of each image, ``(tasks, batch)``, of ``(tasks, batch, classes)`` padded with -inf."""
+def shares_found(
+    strategy: SupervisedTemplate, experience: CLExperience, sure: Tensor, answers: Answers
+) -> tuple[float, float]:
+    """The share of an experience's images whose task is found, and that whose task and class are right, in [0, 1].
+
+    Args:
+        strategy: One whose network is a ``TaskNetwork``.
+        experience: Images of one task that has been learnt.
+        sure: What ``certainty`` says of all tasks, ``(tasks, images)``.
+        answers: What ``predict`` says of the experience.
+    """
+    (label,) = experience.task_labels  # pyright: ignore
+    mine = sure.argmax(dim=0) == strategy.model.tasks[label]  # pyright: ignore
+    return float(mine.double().mean()), float((mine & _right(answers)).double().mean())
+
+
+def _certainty(logits: Tensor, rule: TaskInference) -> Tensor:
+    """How sure a task is of each image, ``(batch,)``, of ``(batch, classes)``."""
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
     if rule == "max_probability":
         return log_probs.max(dim=-1).values
     entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
     # a task of one class is always sure, and says nothing
-    uniform = classes.clamp(min=2).log().unsqueeze(1)
-    return -entropy / uniform
+    return -entropy / torch.tensor(max(logits.shape[-1], 2)).log().to(entropy)
 
 
-def accuracy(strategy: SupervisedTemplate, experiences: Sequence[CLExperience]) -> float:
-    """Share of right answers in [0, 1] over all images of the experiences; NaN for a task not learnt yet."""
-    answers = predict(strategy, experiences)
-    if answers is None:
-        return float("nan")
+def _accuracy(answers: Answers | None) -> float:
+    return float("nan") if answers is None else float(_right(answers).double().mean())
+
+
+def _right(answers: Answers) -> Tensor:
+    """Whether each image is answered right by the mean of the members' probabilities, ``(images,)``."""
     log_probs, labels = answers
-    return float((log_probs.exp().mean(dim=0).argmax(dim=-1) == labels).double().mean())
+    return log_probs.exp().mean(dim=0).argmax(dim=-1) == labels
 
 
-def _answers(model: nn.Module, x: Tensor, task_labels: Tensor) -> Tensor:
+def _answers(
+    strategy: SupervisedTemplate, model: nn.Module, experience: CLExperience, batch_size: int
+) -> Answers | None:
+    if isinstance(model, TaskModel) and not set(experience.task_labels) <= set(model.tasks):  # pyright: ignore
+        return None
+    log_probs, labels = [], []
+    for x, y, task_labels in evaluation_batches(experience.dataset, batch_size, strategy.device):  # pyright: ignore
+        log_probs.append(torch.log_softmax(_logits(model, x, task_labels).float(), dim=-1).cpu())
+        labels.append(y.cpu())
+    return torch.cat(log_probs, dim=1), torch.cat(labels)
+
+
+def _logits(model: nn.Module, x: Tensor, task_labels: Tensor) -> Tensor:
     """Member logits ``(members, batch, classes)`` of any strategy's model; one member where it has no members."""
     if isinstance(model, TaskModel):
         label = task_labels.unique().tolist()

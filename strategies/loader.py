@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lifelong_ens.training.augment import Augmentation, augment
+from lifelong_ens.training.data import channels_last
 
 Batch = list[Tensor]
 
@@ -54,7 +55,7 @@ class BatchLoader:
             torch.randperm(count, generator=self.order_generator) if self.shuffled else torch.arange(count)
         )
         for x, y, task_labels in self.dataset.batches(order, self.batch_size, self.device):
-            yield [augment(x, self.augmentation, self.image_generator), y, task_labels]
+            yield [channels_last(augment(x, self.augmentation, self.image_generator)), y, task_labels]
 
 
 def evaluation_batches(dataset: Any, batch_size: int, device: torch.device) -> Iterable[Batch]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lifelong_ens.errors import InputError
 from lifelong_ens.networks.task import MultiHead
 from lifelong_ens.training.augment import augment
+from lifelong_ens.training.data import channels_last
 from strategies.base import Strategy
 from strategies.loader import evaluation_batches
 
@@ -190,7 +191,7 @@ class RehearsalStrategy(Strategy):
     def recall(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images ``(k, C, H, W)``, augmented, labels ``(k,)`` and the network's tasks ``(k,)``."""
         images, labels, tasks = self.network.memory.batch(rows.to(self.device))
-        return augment(images, self.fit.augment, self._image_generator), labels, tasks
+        return channels_last(augment(images, self.fit.augment, self._image_generator)), labels, tasks
 
     def _remember(self, generator: torch.Generator) -> None:
         memory, dataset = self.network.memory, self.experience.dataset  # pyright: ignore

@@ -164,14 +164,17 @@ class PackedLayer(MaskedLayer):
 
     Attributes:
         active: The weights in training, in the shape of the weight; None between tasks and where none is free.
+        trained: Where these stand in for the others, booleans in the shape of the weight; no part of the state.
     """
 
     active: nn.Parameter | None
+    trained: Tensor | None
 
     def __init__(self, layer: nn.Module, selection: Selection, bias: str) -> None:
         super().__init__(layer, selection, bias)
         self.owners = Owners(self.weight.shape)
         self.register_parameter("active", None)
+        self.register_buffer("trained", None, persistent=False)
         self.task = -1
         self.pruned = True
 
@@ -188,7 +191,7 @@ class PackedLayer(MaskedLayer):
         values = self.weight.detach().clone()
         if fresh:
             nn.init.kaiming_uniform_(values, a=math.sqrt(5))
-        self.active = nn.Parameter(torch.where(free, values, 0.0))
+        self.active, self.trained = nn.Parameter(torch.where(free, values, 0.0)), free
         # a weight that pruning leaves out is zero from here on
         self.weight.masked_fill_(free, 0.0)
 
@@ -200,6 +203,7 @@ class PackedLayer(MaskedLayer):
         count = int(free.sum())
         size = torch.where(free, self.active.detach().abs(), -1.0)
         self.owners.give(largest(size, count - math.floor(fraction * count)), self.task)
+        self.trained = self.owners.of(self.task)
         self.pruned = True
 
     def commit(self) -> None:
@@ -208,14 +212,14 @@ class PackedLayer(MaskedLayer):
             with torch.no_grad():
                 own = self.owners.of(self.task)
                 self.weight.copy_(torch.where(own, self.active, self.weight))
-            self.active = None
+            self.active = self.trained = None
 
     def task_weight(self, task: int) -> Tensor:
         """The weights that tasks 0 to ``task`` own, zero elsewhere; in training, those in training too."""
-        if self.active is None or task != self.task:
-            return torch.where(self.owners.up_to(task), self.weight, 0.0)
-        trained = self.owners.of(task) if self.pruned else self.owners.free()
-        return torch.where(trained, self.active, self.weight)
+        # -1 is asked for first: compiled code knows no number of a task then
+        if self.active is not None and self.trained is not None and (task < 0 or task == self.task):
+            return torch.where(self.trained, self.active, self.weight)
+        return torch.where(self.owners.up_to(self.task if task < 0 else task), self.weight, 0.0)
 
 
 class Owners(nn.Module):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from avalanche.core import SupervisedPlugin
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from lifelong_ens.errors import InputError
+from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.networks.plain import without_classifier
 from lifelong_ens.networks.task import Columns, TaskNetwork, by_task
@@ -45,6 +46,18 @@ def pnn(
     """
     network = ProgressiveNetwork(body, laterals=laterals, adapter_width=adapter_width, alpha=alpha)
     return Strategy(network=network, fit=fit, seed=seed, device=device, plugins=plugins)
+
+
+class TaskOf(nn.Module):
+    """A network that answers one of its tasks."""
+
+    def __init__(self, network: ProgressiveNetwork, task: int) -> None:
+        super().__init__()
+        self.network, self.task = network, task
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(batch, C, H, W)`` to logits ``(batch, classes)``."""
+        return self.network(x, self.task)
 
 
 class Activations:
@@ -118,6 +131,22 @@ class ProgressiveNetwork(TaskNetwork):
         self.activations.inputs = {}
         logits = self.heads(own, task)
         return logits + self.head_laterals[task](features) if features else logits
+
+    def plain_network(self, task: int, member: int) -> nn.Module:
+        """See ``TaskNetwork.plain_network``: the columns up to the task's own with what it reads of them, as a graph.
+
+        Raises:
+            UnfitNetworkError: The code of the body cannot be traced.
+        """
+        network = copy.deepcopy(self).eval()
+        try:
+            graph = fx.Tracer().trace(TaskOf(network, task))
+        except Exception as error:  # fx raises whatever the forward does with a proxy
+            raise UnfitNetworkError(
+                f"{type(self.template[0]).__name__} cannot be traced, so that a column that reads others has no plain "
+                f"form: {error}"
+            ) from error
+        return fx.GraphModule(TaskOf(network, task), graph)
 
     def _lateral(self, layer: nn.Module, earlier: int) -> nn.Module:
         if self.kind == "linear":
@@ -201,5 +230,6 @@ class AdapterLateral(nn.Module):
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         """Inputs of the layer in each earlier column to what is added to its output here."""
-        scaled = [alpha * x for alpha, x in zip(self.alpha.unbind(), inputs, strict=True)]
+        # by index: what traces the network cannot tell how many alphas there are
+        scaled = [self.alpha[column] * x for column, x in enumerate(inputs)]
         return self.u(F.relu(self.v(torch.cat(scaled, dim=self.axis))))

@@ -174,10 +174,12 @@ class Supermasks(nn.Module):
             self.scores = None
 
     def forward(self, task: int) -> Tensor:
-        """The mask of a task as numbers 0 and 1."""
-        if task < len(self.packed):
+        """The mask of a task as numbers 0 and 1; -1 is the newest."""
+        # -1 is asked for first: compiled code knows no number of a task then
+        in_training = self.scores is not None and (task < 0 or task == len(self.packed))
+        if not in_training and task < len(self.packed):
             return unpack(self.packed[task], self.shape.numel()).view(self.shape).float()
-        if self.scores is None or task > len(self.packed):
+        if self.scores is None or not in_training:
             raise IndexError(f"task {task} has no mask: there are {len(self.packed)}.")
         mask = largest(self.scores.detach(), self.count).to(self.scores.dtype)
         # the value of the mask to the bit, and the gradient of the scores

@@ -390,9 +390,14 @@ def test_torchs_fused_encoder_does_not_bypass_the_members(
     assert relative(out[0][:, 0], out[1][:, 0]) > 0.01
 
 
-def test_an_exported_encoder_may_be_fused_again(randomise: Randomise) -> None:
-    body, _ = convert(randomise(encoder()), 2, init="gaussian")
+def test_an_exported_encoder_is_fused_again(randomise: Randomise) -> None:
+    original: Any = randomise(encoder())
+    body, _ = convert(original, 2, init="gaussian")
     plain: Any = export(body.eval(), 0)
+    assert plain.use_nested_tensor == original.use_nested_tensor == 1
+    for layer, before in zip(plain.layers, original.layers, strict=True):
+        assert layer.activation_relu_or_gelu == before.activation_relu_or_gelu == 1
+        assert layer.__dict__.keys() == before.__dict__.keys()
     x = torch.randn(2, 5, 8)
     with torch.no_grad():
         fused = plain(x)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.convert import replace_modules
-from lifelong_ens.ensembles.ensemble import Ensemble, channels_last, finished
+from lifelong_ens.ensembles.ensemble import Ensemble, finished
 from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
 from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.replication import replicate
-from lifelong_ens.training.data import ImageData
+from lifelong_ens.training.data import ImageData, channels_last
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.seeding import seeded
 
@@ -54,6 +54,17 @@ class DropoutNetwork(Ensemble):
             for module, mode in zip(dropouts, modes, strict=True):
                 module.train(mode)
         return logits.unflatten(0, (self.num_members, len(x)))
+
+    def export_member(self, member: int) -> nn.Module:
+        """Refused: a member is a draw of masks for one batch, not a network.
+
+        Raises:
+            InputError: Always; the line says what to use.
+        """
+        raise InputError(
+            "members of mc_dropout are draws of dropout masks, no networks of their own; take ensemble.network, leave "
+            "its dropout layers in training mode and ask it several times."
+        )
 
     def plan(self) -> dict[str, Any]:
         """How many draws, from which seed, at which rate."""

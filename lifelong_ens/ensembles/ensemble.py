@@ -20,6 +20,7 @@ from lifelong_ens.ensembles import KINDS
 from lifelong_ens.ensembles.training import BuildNetwork
 from lifelong_ens.errors import DamagedFileError, InputError, nearest
 from lifelong_ens.layers.bits import pack_zeros, unpack_zeros
+from lifelong_ens.layers.exported import ExportedMembers
 from lifelong_ens.networks import BUILDERS
 from lifelong_ens.store import read_metadata, read_tensors, write_tensors
 
@@ -128,6 +129,20 @@ class Ensemble(nn.Module):
         zeros = self._zero_flops(x) / len(x)
         return Cost(self._num_parameters(), stored, round(flops), round(flops - zeros))
 
+    @abstractmethod
+    def export_member(self, member: int) -> nn.Module:
+        """One member as a plain network that shares nothing with the ensemble; equal to 1e-6 in evaluation."""
+
+    def export_ensemble(self) -> ExportedMembers:
+        """All members as plain networks in a list that is a module: called, it answers as the ensemble does."""
+        return ExportedMembers(self.export_member(member) for member in range(self.num_members))
+
+    def _check_member(self, member: int) -> None:
+        if not 0 <= member < self.num_members:
+            raise IndexError(
+                f"member {member} does not exist; this ensemble has 0 to {self.num_members - 1}."
+            )
+
     def _num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
@@ -214,13 +229,6 @@ class Ensemble(nn.Module):
             elif name in tensors:
                 state[name] = tensors[name]
         self.load_state_dict(state)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """Images ``(batch, C, H, W)`` on a CPU with channels side by side, which convolutions read without packing."""
-    if x.dim() == 4 and x.device.type == "cpu":
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
 
 
 def finished(

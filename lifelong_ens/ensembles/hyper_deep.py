@@ -28,7 +28,7 @@ from lifelong_ens.ensembles.space import (
 )
 from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
 from lifelong_ens.errors import InputError, NonFiniteLossError
-from lifelong_ens.training.data import ImageData
+from lifelong_ens.training.data import ImageData, channels_last
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import evaluating
 from lifelong_ens.training.losses import member_loss
@@ -315,5 +315,5 @@ def fit_fixed_init_hyper(
 def _log_probs(network: nn.Module, data: ImageData, device: torch.device | str) -> Tensor:
     """Of every image, ``(batch, classes)``, on the CPU."""
     with evaluating(network):
-        logits = [network(images).float() for images, _ in data.batches(512, device)]
+        logits = [network(channels_last(images)).float() for images, _ in data.batches(512, device)]
     return torch.cat(logits).double().log_softmax(dim=-1).cpu()

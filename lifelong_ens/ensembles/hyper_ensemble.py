@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lifelong_ens.convert import Norms, convert, export, replace_modules
-from lifelong_ens.ensembles.ensemble import Ensemble, channels_last
+from lifelong_ens.ensembles.ensemble import Ensemble
 from lifelong_ens.ensembles.space import LABEL_SMOOTHING, Space, hyper_space
 from lifelong_ens.ensembles.training import BuildNetwork
 from lifelong_ens.layers.hyper import HyperDropout, HyperLayer, HyperSelection
 from lifelong_ens.layers.log_uniform import LogUniform
 from lifelong_ens.layers.rank1 import Rank1Layer
 from lifelong_ens.replication import replicate
+from lifelong_ens.training.data import channels_last
 
 
 class HyperBatchEnsemble(Ensemble):
@@ -129,7 +130,8 @@ class HyperBatchEnsemble(Ensemble):
         return dict(zip(self.space.ranges, means, strict=True))
 
     def export_member(self, member: int) -> nn.Module:
-        """One member as the plain network it was converted from; equal to 1e-6 in evaluation."""
+        """See ``Ensemble.export_member``: the network it was converted from, at the member's hyper-parameters."""
+        self._check_member(member)
         with torch.no_grad():
             means = self.bounds.mean()
             with self.selection.at(means, self.bounds.scaled(means)):

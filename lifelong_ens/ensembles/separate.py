@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 
 from lifelong_ens.accounting.flops import layer_calls
 from lifelong_ens.accounting.meter import TrainingMeter
-from lifelong_ens.ensembles.ensemble import Ensemble, channels_last, finished
+from lifelong_ens.ensembles.ensemble import Ensemble, finished
 from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
 from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.networks.channels import trace_channels
 from lifelong_ens.networks.cutting import cut_out
-from lifelong_ens.training.data import ImageData
+from lifelong_ens.training.data import ImageData, channels_last
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.seeding import derived_seed
 
@@ -49,6 +50,11 @@ class SeparateNetworks(Ensemble):
         """``(batch, ...)`` to ``(members, batch, classes)``."""
         x = channels_last(x)
         return torch.stack([network(x) for network in self.networks])
+
+    def export_member(self, member: int) -> nn.Module:
+        """See ``Ensemble.export_member``: a copy of the network, zeros of masks in its weights."""
+        self._check_member(member)
+        return copy.deepcopy(self.networks[member])
 
     def plan(self) -> dict[str, Any]:
         """How many networks, and how wide."""

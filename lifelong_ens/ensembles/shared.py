@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.convert import RANK1, MemberNetwork, Norms, batch_ensemble
-from lifelong_ens.ensembles.ensemble import Ensemble, channels_last, finished
+from lifelong_ens.ensembles.ensemble import Ensemble, finished
 from lifelong_ens.ensembles.training import (
     BuildNetwork,
     ComputeLoss,
@@ -22,7 +22,7 @@ from lifelong_ens.ensembles.training import (
     train_network,
 )
 from lifelong_ens.errors import InputError
-from lifelong_ens.training.data import ImageData
+from lifelong_ens.training.data import ImageData, channels_last
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.losses import member_loss
 from lifelong_ens.training.seeding import seeded
@@ -74,6 +74,11 @@ class SharedNetwork(Ensemble):
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, ...)`` to ``(members, batch, classes)``."""
         return self.network(channels_last(x))
+
+    def export_member(self, member: int) -> nn.Module:
+        """See ``Ensemble.export_member``: the member's numbers folded into the shared weights."""
+        self._check_member(member)
+        return self.network.export_member(member)
 
     def plan(self) -> dict[str, Any]:
         """How the network was converted."""

@@ -13,7 +13,7 @@ from lifelong_ens.accounting.components import component_of_modules
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.errors import InputError
 from lifelong_ens.training.augment import augment
-from lifelong_ens.training.data import ImageData
+from lifelong_ens.training.data import ImageData, channels_last
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import EarlyStopping, Optimisation, evaluating, run_epoch
 from lifelong_ens.training.losses import member_loss
@@ -119,7 +119,7 @@ class Training:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.data), generator=self._order)
         for images, labels in self.data.subset(order).batches(self.fit.batch_size, self.device):
-            yield augment(images, self.fit.augment, self._pixels), labels
+            yield channels_last(augment(images, self.fit.augment, self._pixels)), labels
 
     def counted(self, step: Callable[[], object] = lambda: None) -> Generator[tuple[Tensor, Tensor]]:
         """The batches of one more epoch; what is done with the first of a phase runs under the meter."""
@@ -219,7 +219,7 @@ def accuracy(network: nn.Module, data: ImageData, batch_size: int = 512) -> floa
     right = torch.zeros((), dtype=torch.long, device=device)
     with evaluating(network):
         for images, labels in data.batches(batch_size, device):
-            logits = network(images).float()
+            logits = network(channels_last(images)).float()
             if logits.dim() == 3:
                 logits = logits.softmax(dim=-1).mean(dim=0)
             right += (logits.argmax(dim=-1) == labels).sum()

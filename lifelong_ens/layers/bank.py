@@ -31,7 +31,7 @@ class Selection:
         """Select ``members`` inside a with-block: one id, ids ``(K,)``, or None for all in their order.
 
         Ids known beforehand are a tuple, ids that belong to a batch a tensor: the values of a tensor on a device
-        would have to be waited for.
+        would have to be waited for. Those known beforehand may count from the end, -1 is the last member.
         """
         before, self.members = self.members, members
         try:
@@ -125,6 +125,12 @@ class Bank(nn.Module):
             self.committed = torch.cat([self.committed, self.active.detach()])
             self._set_active(None)
 
+    def is_learning(self, member: int) -> bool:
+        """Whether a member's row is in training."""
+        if member < 0:
+            return self.active is not None and -member <= len(self.active)
+        return member >= self.num_committed
+
     def rows(self, members: Members) -> Tensor:
         """The rows of the selected members, ``(K, *shape)``; ``K`` is 1 for a single id."""
         if isinstance(members, int):
@@ -134,7 +140,15 @@ class Bank(nn.Module):
         return self.table() if members is None else self.table().index_select(0, members)
 
     def row(self, member: int) -> Tensor:
-        """One member's row, ``shape``, as a view: writing to it writes to the bank."""
+        """One member's row, ``shape``, as a view: writing to it writes to the bank; -1 is the last member's.
+
+        A row in training that is counted from the end is found without a look at how many there are before it: what is
+        compiled for one task holds for the next.
+        """
+        if member < 0:
+            if self.active is not None and self.is_learning(member):
+                return self.active[member]
+            member += self.num_members
         self._check(member)
         if member >= self.num_committed and self.active is not None:
             return self.active[member - self.num_committed]
@@ -149,6 +163,10 @@ class Bank(nn.Module):
 
     def _several(self, members: tuple[int, ...]) -> Tensor:
         """The rows of members known beforehand; those side by side as a view."""
+        if min(members) < 0:
+            if self.active is not None and members == tuple(range(-len(self.active), 0)):
+                return self.active
+            members = tuple(member + self.num_members * (member < 0) for member in members)
         for member in members:
             self._check(member)
         first, stop, committed = members[0], members[0] + len(members), self.num_committed
@@ -191,14 +209,19 @@ def per_row(rows: Tensor, num_rows: int, owner: nn.Module) -> Tensor:
         ValueError: ``num_rows`` is not a multiple of ``K``; left-over rows would have no member.
     """
     members = len(rows)
-    if members in (1, num_rows):
+    if members == 1:
         return rows
-    if members == 0 or num_rows % members:
+    # told apart in a way that holds for any batch size, so that compiled code is made once
+    if num_rows % members if members else num_rows:
         raise ValueError(
             f"{type(owner).__name__}: {num_rows} rows do not split into {members} members; "
             "pass ids, or stack one block of rows per member."
         )
-    return rows.repeat_interleave(num_rows // members, dim=0)
+    copies = num_rows // members if members else 1
+    if copies == 1:
+        return rows
+    # repeat_interleave, in words that ONNX has for any batch size
+    return rows.unsqueeze(1).expand(-1, copies, *rows.shape[1:]).flatten(0, 1)
 
 
 def by_member(

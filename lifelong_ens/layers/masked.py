@@ -6,6 +6,7 @@ those of the dense layer. What a mask saves is storage: bits (``lifelong_ens.lay
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_ens.layers.bank import Bank, Selection
+from lifelong_ens.layers.structured import fill_layer
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -55,7 +57,7 @@ class MaskedLayer(nn.Module):
 
     @abstractmethod
     def task_weight(self, task: int) -> Tensor:
-        """The dense weight that a task uses, zero where its mask is."""
+        """The dense weight that a task uses, zero where its mask is; -1 is the task in training."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The plain layer's shapes, in and out."""
@@ -66,3 +68,10 @@ class MaskedLayer(nn.Module):
         if isinstance(self.layer, nn.Linear):
             return F.linear(x, self.task_weight(task), bias)  # pyright: ignore
         return self.layer._conv_forward(x, self.task_weight(task), bias)  # pyright: ignore
+
+    def export(self, member: int) -> nn.Module:
+        """One task as the plain layer, the mask in its weight."""
+        plain = copy.deepcopy(self.layer)
+        bias = self.layer.bias if self.private_bias is None else self.private_bias.row(member)
+        fill_layer(plain, self.task_weight(member), bias)  # pyright: ignore
+        return plain.train(self.training)

@@ -191,10 +191,9 @@ class MemberBatchNorm(_Affine):
             return True
         if not self.training or self.running_mean.active is None:
             return False
-        committed = self.running_mean.num_committed
         if isinstance(members, tuple):
-            return any(member >= committed for member in members)
-        return bool((members >= committed).any())
+            return any(map(self.running_mean.is_learning, members))
+        return bool((members >= self.running_mean.num_committed).any())
 
     def _one(self, x: Tensor, member: int) -> Tensor:
         """All rows belong to one member: torch's own kernel."""
@@ -202,7 +201,7 @@ class MemberBatchNorm(_Affine):
         weight, bias = (None if rows is None else rows[0] for rows in (weight, bias))
         if self.running_mean is None or self.running_var is None:
             return F.batch_norm(x, None, None, weight, bias, True, self.momentum, self.eps)
-        learning = self.training and member >= self.running_mean.num_committed
+        learning = self.training and self.running_mean.is_learning(member)
         mean, var = self.running_mean.row(member), self.running_var.row(member)
         return F.batch_norm(x, mean, var, weight, bias, learning, self.momentum, self.eps)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lifelong_ens.convert import convert, export, has_members
+from lifelong_ens.convert import convert, has_members
 from lifelong_ens.errors import InputError
-from lifelong_ens.layers.bank import Members, banks
+from lifelong_ens.layers.bank import banks
+from lifelong_ens.layers.exported import log_mean_probability
 from lifelong_ens.networks.member_body import MemberBody
 from lifelong_ens.networks.plain import without_classifier
-from lifelong_ens.networks.task import log_mean_probability
 from lifelong_ens.replication import Replication, replicate
 
 Init = Literal["random_sign", "gaussian", "ones", "previous", "fittest"]
@@ -136,22 +135,9 @@ class BatchEnsembleNetwork(MemberBody):
 
     def member_features(self, x: Tensor, task: int | Tensor) -> Tensor:
         """What the head reads of each of the task's members, ``(members, batch, features)``."""
-        members = self._members(task)
+        members = self.members_of(task)
         if isinstance(members, tuple):
             return self.replication(x, members)
         count = self.members_per_task
         with self.selection.of(members):
             return self.body(replicate(x, count)).unflatten(0, (count, len(x)))
-
-    def export_task(self, task: int, member: int = 0) -> nn.Module:
-        """One task as a plain network with its head on top, equal to 1e-6; ``member`` is within the task."""
-        body = export(self.body, task * self.members_per_task + member)
-        return nn.Sequential(body, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
-
-    def _members(self, task: int | Tensor) -> Members:
-        """The selection for a task: a single id where that will do, as it needs no gathering."""
-        count = self.members_per_task
-        if isinstance(task, int):
-            return task if count == 1 else tuple(range(task * count, task * count + count))
-        blocks = [task * count + member for member in range(count)]
-        return torch.cat(blocks)

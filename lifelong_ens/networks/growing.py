@@ -119,8 +119,12 @@ class GrowingNetwork(TaskNetwork):
         with self.stamps.of(task):
             return self.heads(self.body(x), task)
 
-    def export_task(self, task: int) -> nn.Module:
-        """One task as a plain network of its own width with its head on top; equal to the bit."""
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """The body."""
+        return [self.body]
+
+    def plain_network(self, task: int, member: int) -> nn.Module:
+        """See ``TaskNetwork.plain_network``: a network as wide as the task's own; equal to the bit."""
         body: Any = copy.deepcopy(self.template[0])
         modules, norms = dict(body.named_modules()), {}
         for name, module in self.body.named_modules():
@@ -131,7 +135,7 @@ class GrowingNetwork(TaskNetwork):
                 norms[modules[name]] = copy.deepcopy(module[task])
         body = replace_modules(body, norms)
         body.num_features = self.heads[task].in_features
-        return nn.Sequential(body, copy.deepcopy(self.heads[task])).requires_grad_(True).eval()
+        return nn.Sequential(body, copy.deepcopy(self.heads[task]))
 
     def layers(self) -> Iterator[GrowingLayer]:
         """The layers that grow, in the order of the body's modules."""

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from lifelong_ens.convert import (
@@ -16,11 +17,12 @@ from lifelong_ens.convert import (
     append_members,
     commit_members,
     convert,
+    export,
     plan_conversion,
     replace_modules,
 )
 from lifelong_ens.errors import UnfitNetworkError
-from lifelong_ens.layers.bank import Bank, Selection, banks
+from lifelong_ens.layers.bank import Bank, Members, Selection, banks
 from lifelong_ens.layers.masked import MaskedLayer
 from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.networks.task import TaskNetwork, by_task
@@ -131,5 +133,26 @@ class MemberBody(TaskNetwork):
         """See ``TaskNetwork.forward``."""
         if not isinstance(task, int) and not self.mixed_rows:
             return by_task(x, task, self.forward)
-        with self.selection.of(task):
+        with self.selection.of(self.members_of(task)):
             return self.heads(self.body(x), task)
+
+    def members_of(self, task: int | Tensor) -> Members:
+        """What to select for a task, or for each row's task: a single id where that will do, as it needs no gathering.
+
+        The task in training is selected from the end, so that code that was compiled for one is right for the next.
+        """
+        count = self.members_per_task
+        if isinstance(task, Tensor):
+            return task if count == 1 else torch.cat([task * count + member for member in range(count)])
+        if self.training and task == self.num_tasks - 1:
+            task = -1
+        return task if count == 1 else tuple(range(task * count, task * count + count))
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """The body, whose code is the same for every task after the first."""
+        return [self.body]
+
+    def plain_network(self, task: int, member: int) -> nn.Module:
+        """See ``TaskNetwork.plain_network``: the member's numbers folded into the body, and the task's head."""
+        body = export(self.body, task * self.members_per_task + member)
+        return nn.Sequential(body, copy.deepcopy(self.heads[task]))

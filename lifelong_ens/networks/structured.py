@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lifelong_ens.convert import BATCH_NORMS, replace_modules
 from lifelong_ens.errors import InputError, UnfitNetworkError
+from lifelong_ens.layers.exported import log_mean_probability
 from lifelong_ens.layers.norm import MemberGroupNorm, MemberLayerNorm
 from lifelong_ens.layers.structured import UNIT_LAYERS, StructuredBatchNorm, StructuredLayer, Units
 from lifelong_ens.networks.channels import Channels, trace_channels
@@ -20,7 +21,7 @@ from lifelong_ens.networks.choosing import member_of_rows
 from lifelong_ens.networks.cutting import keep_channels, positions
 from lifelong_ens.networks.growing import take_shapes
 from lifelong_ens.networks.plain import without_classifier
-from lifelong_ens.networks.task import TaskNetwork, by_task, log_mean_probability
+from lifelong_ens.networks.task import TaskNetwork, by_task
 
 log = logging.getLogger(__name__)
 
@@ -198,8 +199,12 @@ class StructuredNetwork(TaskNetwork):
         members = task if count == 1 else task * count + member_of_rows(len(x), count, x.device)
         return self._run(x, task, members)
 
-    def export_task(self, task: int, member: int = 0) -> nn.Module:
-        """One member of a task as a smaller dense network: what is off is cut out; equal to 1e-5.
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """The body."""
+        return [self.body]
+
+    def plain_network(self, task: int, member: int) -> nn.Module:
+        """See ``TaskNetwork.plain_network``: a smaller dense network, what is off is cut out.
 
         Rows and columns go of channels that are off in all layers that write them; behind a norm that follows a
         residual sum they stay, where its shift is.
@@ -207,8 +212,6 @@ class StructuredNetwork(TaskNetwork):
         Raises:
             UnfitNetworkError: The body's channels cannot be followed.
         """
-        if not 0 <= member < self.members_per_task:
-            raise IndexError(f"member {member} does not exist; a task has 0 to {self.members_per_task - 1}.")
         index = task * self.members_per_task + member
         on = {name: layer.active(index, 1)[0] for name, layer in self.layers()}
         head = copy.deepcopy(self.heads[task])
@@ -232,7 +235,7 @@ class StructuredNetwork(TaskNetwork):
                     head.in_features = len(columns)  # pyright: ignore
             keep_channels(body, groups, kept)
         body.num_features = head.in_features
-        return nn.Sequential(body, head).requires_grad_(True).eval()
+        return nn.Sequential(body, head)
 
     def _run(self, x: Tensor, task: int, members: Any) -> Tensor:
         """Logits of rows that belong to members of one task, ``(rows, classes)``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Self
@@ -11,6 +10,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from lifelong_ens.errors import UnfitNetworkError
+from lifelong_ens.layers.exported import ExportedMembers, LogMeanProbability
 from lifelong_ens.networks.plain import reinitialise, without_classifier
 
 
@@ -65,8 +66,55 @@ class TaskNetwork(nn.Module):
         """Logits of each member that a task holds, ``(members, batch, classes)``."""
         return self(x, task).unsqueeze(0)
 
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """What is compiled while a task is trained, if that is asked for; the network itself by default.
+
+        Parts that know nothing of tasks are compiled once for all of them.
+        """
+        return [self]
+
     def finish_task(self) -> None:
         """Called when the training of the newest task has ended."""
+
+    def export_task(self, task: int, member: int | None = None) -> nn.Module:
+        """One task as a plain network of its own, ``(batch, C, H, W)`` to logits ``(batch, classes)``.
+
+        Its modules are torch's and those of the body that was given, with one task's numbers in them: it knows of no
+        task or member, costs what a plain network costs, shares nothing with this one, and answers what this one does
+        in evaluation, equal to 1e-6. A method gives ``plain_network``.
+
+        Args:
+            task: Its index.
+            member: One of the members of a task that holds several; None for all, ``ExportedMembers`` and behind it
+                ``LogMeanProbability``.
+
+        Raises:
+            IndexError: There is no such task or member.
+            UnfitNetworkError: The method, or its body, has no plain form.
+        """
+        if not 0 <= task < self.num_tasks:
+            raise IndexError(f"task {task} does not exist; this network has learnt {self.num_tasks}.")
+        count = self.members_per_task
+        if member is not None and not 0 <= member < count:
+            raise IndexError(f"member {member} does not exist; a task has 0 to {count - 1}.")
+        with torch.no_grad():
+            if member is None and count > 1:
+                members = [self.plain_network(task, one) for one in range(count)]
+                plain: nn.Module = nn.Sequential(ExportedMembers(members), LogMeanProbability())
+            else:
+                plain = self.plain_network(task, member or 0)
+        return plain.requires_grad_(True).eval()
+
+    def plain_network(self, task: int, member: int) -> nn.Module:
+        """A copy of what one member of a task computes as a plain network; what a method gives ``export_task``.
+
+        Args:
+            task: A task that there is.
+            member: One of its members.
+        """
+        raise UnfitNetworkError(
+            f"{type(self).__name__} does not say what one task is on its own; give it a plain_network(task, member)."
+        )
 
     def notes(self) -> list[str]:
         """What the record of a run should say about the network beside its numbers; nothing by default."""
@@ -101,11 +149,6 @@ def by_task(x: Tensor, task: Tensor, run: Callable[[Tensor, int], Tensor]) -> Te
     for one, part in parts.items():
         logits[..., task == one, : part.shape[-1]] = part
     return logits
-
-
-def log_mean_probability(logits: Tensor) -> Tensor:
-    """What members say together: the logarithm of their mean probability, of their ``(members, batch, classes)``."""
-    return torch.logsumexp(torch.log_softmax(logits, dim=-1), dim=0) - math.log(len(logits))
 
 
 class Heads(nn.ModuleList):
@@ -150,6 +193,14 @@ class MultiHead(TaskNetwork):
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
         """See ``TaskNetwork.forward``."""
         return self.heads(self.body(x), task)
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """The body, which knows nothing of tasks."""
+        return [self.body]
+
+    def plain_network(self, task: int, member: int) -> nn.Module:
+        """See ``TaskNetwork.plain_network``: the body and the task's head."""
+        return copy.deepcopy(nn.Sequential(self.body, self.heads[task]))
 
 
 class Columns(nn.ModuleList):
@@ -200,3 +251,11 @@ class Independent(TaskNetwork):
         if isinstance(task, int):
             return self.heads(self.columns[task](x), task)
         return by_task(x, task, self.forward)
+
+    def compiled_parts(self) -> Sequence[nn.Module]:
+        """The column in training; the code of all columns is the same."""
+        return [self.columns[-1]]
+
+    def plain_network(self, task: int, member: int) -> nn.Module:
+        """See ``TaskNetwork.plain_network``: the task's column and head."""
+        return copy.deepcopy(nn.Sequential(self.columns[task], self.heads[task]))

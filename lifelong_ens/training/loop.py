@@ -152,13 +152,28 @@ class EarlyStopping:
 
 
 @contextmanager
+def compiled(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Run these modules through ``torch.compile`` inside; code that like modules were compiled to is used again."""
+    modules = list(parts)
+    for module in modules:
+        module.compile()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module is in its own mode again afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    in_training = [module for module in model.modules() if module.training]
+    # with many tasks there are thousands of modules
+    if in_training:
+        model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in in_training:
+            module.training = True

@@ -155,6 +155,32 @@ def test_members_differ(spec, build_network, fitted, digits):
 
 
 @METHODS
+def test_members_are_exported_as_plain_networks(spec, build_network, fitted, digits):
+    ensemble = fitted(spec.label, build_network)
+    if spec.name == "mc_dropout":
+        with pytest.raises(InputError, match="draws of dropout masks"):
+            ensemble.export_ensemble()
+        return
+    x, _ = digits[2].batch(torch.arange(50))
+    own = {type(module) for module in build_network().modules()}
+    with torch.no_grad():
+        expected = ensemble(x)
+        exported = ensemble.export_ensemble()
+        assert float((exported(x) - expected).abs().max() / expected.abs().max()) < 1e-6
+        assert len(exported) == ensemble.num_members
+        for member in exported:
+            for module in member.modules():
+                assert type(module) in own or type(module).__module__.startswith("torch."), type(module)
+                assert not module._forward_hooks
+                assert not module._forward_pre_hooks
+        for tensor in (*exported.parameters(), *exported.buffers()):
+            tensor += 1
+        assert torch.equal(ensemble(x), expected)
+    with pytest.raises(IndexError, match="does not exist"):
+        ensemble.export_member(ensemble.num_members)
+
+
+@METHODS
 def test_a_saved_ensemble_answers_the_same_to_the_bit_in_another_process(
     spec, build_network, fitted, digits, tmp_path
 ):

@@ -17,7 +17,7 @@ from lifelong_ens.accounting.flops import FlopMeter
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.convert import batch_ensemble
 from lifelong_ens.ensembles import fit_hyper_batch, fit_self_tuning
-from lifelong_ens.ensembles.ensemble import Ensemble, channels_last
+from lifelong_ens.ensembles.ensemble import Ensemble
 from lifelong_ens.ensembles.hyper_batch import Tuner, _groups
 from lifelong_ens.ensembles.hyper_ensemble import HyperBatchEnsemble
 from lifelong_ens.ensembles.training import Training
@@ -27,6 +27,7 @@ from lifelong_ens.layers.log_uniform import LogUniform
 from lifelong_ens.layers.rank1 import Rank1Layer
 from lifelong_ens.metrics.uncertainty import nll
 from lifelong_ens.networks import mlp, resnet20
+from lifelong_ens.training.data import channels_last
 from lifelong_ens.training.fit import Fit
 
 SHAPE = (1, 8, 8)

@@ -55,12 +55,16 @@ def test_rows_by_id_by_ids_and_all() -> None:
     assert torch.equal(bank.rows(torch.tensor([2, 0, 2])), everything[[2, 0, 2]])
     for known in ((0, 1, 2), (1, 2), (2,), (0, 1), (2, 0), (1, 1)):
         assert torch.equal(bank.rows(known), everything[list(known)])
+    for known in ((-1,), (-2, -1), (-3, -2, -1), (-1, 0), (-3,)):
+        assert torch.equal(bank.rows(known), everything[list(known)])
     for member in range(3):
         assert torch.equal(bank.rows(member), everything[member : member + 1])
+        assert torch.equal(bank.row(member - 3), everything[member])
+        assert bank.is_learning(member) == bank.is_learning(member - 3) == (member > 0)
     assert (bank.num_members, bank.num_committed) == (3, 1)
 
 
-@pytest.mark.parametrize("member", [-1, 3])
+@pytest.mark.parametrize("member", [-4, 3])
 def test_a_member_that_is_not_there(member: int) -> None:
     with pytest.raises(IndexError, match="the bank holds 3"):
         grown(numbers(2, 3), numbers(1, 3)).row(member)

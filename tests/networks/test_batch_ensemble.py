@@ -299,6 +299,19 @@ def test_one_compilation_serves_all_batch_sizes_of_a_task(members: int) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("members", [1, 3])
+def test_what_is_compiled_for_the_second_task_serves_all_later_ones(members: int) -> None:
+    network, counter = learnt(SIZES[:1], members_per_task=members), CompileCounter()
+    network.body.compile(backend=counter, fullgraph=True)
+    torch._dynamo.reset()
+    for task, num_classes in enumerate((3, 3, 5, 3), start=1):
+        network.begin_task(num_classes)
+        network.train().member_logits(images(20), task).square().mean().backward()
+        network.finish_task()
+        assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
 def test_previous_copies_member_by_member_so_that_a_tasks_members_stay_different():
     network = BatchEnsembleNetwork(
         mlp(input_shape=(1, 4, 4), hidden=(8,)), init="previous", members_per_task=3

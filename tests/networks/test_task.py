@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lifelong_ens.errors import UnfitNetworkError
 from lifelong_ens.networks.plain import mlp, resnet20
 from lifelong_ens.networks.task import Columns, Heads, Independent, MultiHead, TaskNetwork
 
@@ -148,3 +149,16 @@ def test_only_the_newest_column_is_ever_in_training_mode() -> None:
 def test_an_empty_batch_of_mixed_tasks_is_an_error() -> None:
     with pytest.raises(ValueError, match="no rows"):
         grown("independent")(images(0), torch.empty(0, dtype=torch.int64))
+
+
+def test_a_method_without_a_plain_form_says_so() -> None:
+    class OwnMethod(Independent):
+        plain_network = TaskNetwork.plain_network
+
+    network = OwnMethod(resnet20(width=2)).regrow([2])
+    with pytest.raises(UnfitNetworkError, match=r"give it a plain_network\(task, member\)"):
+        network.export_task(0)
+    with pytest.raises(IndexError, match="task 1 does not exist; this network has learnt 1"):
+        network.export_task(1)
+    with pytest.raises(IndexError, match="member 1 does not exist"):
+        network.export_task(0, 1)

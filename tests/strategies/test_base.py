@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from lifelong_ens.errors import InputError, NonFiniteLossError
 from lifelong_ens.networks.plain import mlp
 from lifelong_ens.training.fit import Fit
-from strategies import Strategy, batch_ensemble_lifelong, finetune, joint
+from strategies import (
+    Strategy,
+    batch_ensemble_lifelong,
+    finetune,
+    independent,
+    joint,
+    packnet,
+    replay,
+    supsup,
+)
 from strategies.evaluation import accuracy, infer_tasks, predict
-from streams import split_digits
+from streams import from_arrays, split_digits
 
 FIT = Fit(epochs=2, batch_size=32)
 
@@ -158,6 +170,27 @@ def test_every_option_of_training_changes_it_and_still_learns(benchmark, options
     assert not torch.equal(weights(Fit(**base)), weights(Fit(**base, **options)))
 
 
+@pytest.mark.parametrize(
+    "build",
+    [finetune, independent, batch_ensemble_lifelong, packnet, supsup],
+    ids=lambda build: build.__name__,
+)
+def test_tasks_after_the_second_compile_nothing(benchmark, build, monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
+    torch._dynamo.reset()
+    strategy = build(body(), fit=Fit(epochs=2, batch_size=32, compile=True))
+    compilations = []
+    for experience in split_digits(num_tasks=5, seed=0).train_stream:
+        strategy.train(experience)
+        compilations.append(counter.frame_count)
+    torch._dynamo.reset()
+    # whole batches and the last, shorter one; once more where the shared weights are frozen
+    assert 0 < compilations[0] <= 2
+    assert compilations[1] <= 4
+    assert compilations[1:] == [compilations[1]] * 4
+
+
 @pytest.mark.slow
 def test_compiled_training_is_close_to_eager(benchmark):
     results = []
@@ -203,3 +236,28 @@ def test_task_inference_equals_asking_every_task_in_turn(benchmark, rule):
     found, right = infer_tasks(strategy, benchmark.test_stream[1], rule)
     assert found == pytest.approx(float(mine.double().mean()), abs=0.011)
     assert right == pytest.approx(float((mine & (probs[1].argmax(-1) == y)).double().mean()), abs=0.011)
+
+
+class Layouts(SupervisedPlugin):
+    """Notes how images lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[bool] = set()
+
+    def before_forward(self, strategy, *args, **kwargs) -> None:
+        self.seen.add(strategy.mb_x.is_contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("build", [finetune, replay])
+def test_images_have_their_channels_last_on_a_cpu(build):
+    pixels = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    stream = from_arrays(pixels, torch.arange(40) % 4, pixels[:8], torch.arange(8) % 4, num_tasks=2)
+    for augmentation in ("none", "crop_flip"):
+        plugin = Layouts()
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+        strategy = build(network, fit=Fit(epochs=1, batch_size=8, augment=augmentation), plugins=[plugin])
+        for experience in stream.train_stream:
+            strategy.train(experience)
+        strategy.eval(stream.test_stream)
+        assert plugin.seen == {True}

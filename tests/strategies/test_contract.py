@@ -14,6 +14,7 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
 import strategies
+from experiments.examination import Examination
 from lifelong_ens.accounting.components import Size, sizes
 from lifelong_ens.errors import InputError
 from lifelong_ens.networks.plain import Body, mlp
@@ -485,6 +486,80 @@ def test_evaluating_unseen_tasks_changes_nothing(spec, body, benchmark):
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert strategy.network.num_tasks == 1
+
+
+def test_a_task_is_exported_as_a_plain_network(spec, body, benchmark):
+    strategy = make(spec, body, fit=Fit(epochs=1, batch_size=64))
+    train(strategy, benchmark, range(TASKS))
+    network = strategy.network.eval()
+    own = {type(module) for module in BODIES[body]().modules()}
+    for task in range(TASKS):
+        x, _, _ = benchmark.test_stream[task].dataset.batch(torch.arange(60))
+        with torch.no_grad():
+            expected, members = network(x, task), network.member_logits(x, task)
+            exported = network.export_task(task)
+            assert not exported.training
+            assert relative(exported(x), expected) < 1e-6
+            for member in range(network.members_per_task):
+                alone = network.export_task(task, member)
+                assert relative(alone(x), members[member]) < 1e-6
+                for module in alone.modules():
+                    assert type(module) in own or type(module).__module__.startswith("torch."), type(module)
+                    assert not module._forward_hooks
+                    assert not module._forward_pre_hooks
+            for tensor in (*exported.parameters(), *exported.buffers()):
+                tensor += 1
+            assert torch.equal(network(x, task), expected)
+    network.double()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network.export_task(0)(x.double()), network(x.double(), 0), rtol=1e-12, atol=1e-12
+        )
+    with pytest.raises(IndexError, match=f"task {TASKS} does not exist"):
+        network.export_task(TASKS)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one task", "mixed rows"])
+def test_autocast_keeps_bfloat16_between_all_layers(spec, body, mixed):
+    network = make(spec, body).network.regrow([3, 4]).eval()
+    seen: list[str] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        came = [one.dtype for one in inputs if isinstance(one, Tensor) and one.is_floating_point()]
+        if torch.bfloat16 in came and isinstance(output, Tensor):
+            seen.append(type(module).__name__)
+            assert output.dtype == torch.bfloat16, type(module)
+
+    for module in network.modules():
+        module.register_forward_hook(note)
+    x = torch.randn(6, 1, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = network(x, torch.tensor([0, 1, 1, 0, 1, 0]) if mixed else 1)
+    assert (
+        logits.dtype == torch.bfloat16 or network.members_per_task > 1
+    )  # logarithms of means are taken in float32
+    assert len(seen) > 2
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def test_asking_the_new_task_alone_gives_the_same_rows_as_asking_all(spec, body, benchmark):
+    strategy = make(spec, body, fit=Fit(epochs=1, batch_size=64))
+    new, every = (Examination(benchmark.test_stream, "entropy", evaluate) for evaluate in ("new", "all"))
+    if not spec.frozen_past:
+        assert new.mode(strategy) == "all"
+        return
+    for task in range(TASKS):
+        train(strategy, benchmark, range(task, task + 1))
+        rows = [one.examine(strategy, range(task + 1), last=False) for one in (new, every)]
+        # floats of both, to the bit
+        assert rows[0] == rows[1]
+        assert list(rows[0].accuracy) == list(range(task + 1))
+    resumed = Examination(benchmark.test_stream, "entropy")
+    assert resumed.examine(strategy, range(TASKS), last=True) == rows[1]
 
 
 def test_cost_equals_closed_form(spec, body, benchmark):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lifelong_ens.training.data import ImageData
+from lifelong_ens.training.data import ImageData, channels_last
 
 
 def data(**options) -> ImageData:
@@ -66,3 +66,13 @@ def test_a_subset_shares_the_store() -> None:
 def test_shape_and_classes() -> None:
     assert data().image_shape == (3, 4, 2)
     assert data().num_classes == 3
+
+
+def test_channels_last_is_for_images_alone() -> None:
+    images = torch.randn(2, 3, 4, 5)
+    last = channels_last(images)
+    assert torch.equal(last, images)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert not last.is_contiguous()
+    for other in (torch.randn(2, 7), torch.randn(2, 3, 4), torch.randn(2, 3, 4, 5, device="meta")):
+        assert channels_last(other) is other
