@@ -24,7 +24,8 @@ class TaskNetwork(nn.Module):
 
     Attributes:
         classes_per_task: How many classes each task has, in the order in which they came.
-        frozen_past: Whether outputs for earlier tasks stay the same to the bit while later ones are learnt.
+        frozen_past: Whether outputs for earlier tasks stay the same to the bit while later ones are learnt; a run does
+            not ask again then.
         members_per_task: How many members a task holds; with more than one, a subclass gives ``member_logits``.
     """
 
