@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+from torch import nn
 
 from experiments.bench.measuring import Call, collected, one_thread, quartiles, seconds_per_call
+from lifelong_ens.layers.plan import Constants
 
 ROUNDS = 15
-# images of a small convolutional network, and one of its larger weights
-ACTIVATIONS, WEIGHT = (64, 64, 16, 16), (256, 256, 3, 3)
+# images of a small convolutional network; several of them, together larger than caches, as in training
+ACTIVATIONS, COPIES = (64, 32, 32, 32), 8
 SAMPLE_SECONDS = 0.02
 
 
-def measure_constants(device: torch.device) -> dict[str, float]:
-    """Seconds and bytes per second of elementwise work on one thread, medians.
-
-    Returns:
-        ``launch_seconds``: of an operation on next to no numbers; ``bytes_per_second``: read and written while
-        activations are scaled by channel; ``merge_bytes_per_second``: while a weight is, ``W * (s r^T)``.
-    """
+def measure_constants(device: torch.device) -> Constants:
+    """What the plans of rank-1 layers reckon with: a module that does next to nothing, and scaling by channel."""
     with torch.no_grad(), one_thread(), collected():
-        tiny, few = torch.ones(8, device=device), torch.ones(8, device=device)
-        x, r = torch.ones(ACTIVATIONS, device=device), torch.ones(ACTIVATIONS[1], 1, 1, device=device)
-        weight = torch.ones(WEIGHT, device=device)
-        out, into = (torch.ones(size, device=device) for size in WEIGHT[:2])
-        launch = _seconds(lambda: tiny * few, device)
-        scaling = _seconds(lambda: x * r, device)
-        merging = _seconds(lambda: weight * (out.unsqueeze(1) * into)[:, :, None, None], device)
-    return {
-        "launch_seconds": launch,
-        "bytes_per_second": 2 * x.nbytes / max(scaling - launch, 1e-9),
-        # two operations: the outer product is made first
-        "merge_bytes_per_second": 2 * weight.nbytes / max(merging - 2 * launch, 1e-9),
-    }
+        tiny, module = torch.ones(8, device=device), nn.ReLU()
+        tensors = [torch.ones(ACTIVATIONS, device=device) for _ in range(COPIES)]
+        factors, turn = torch.ones(ACTIVATIONS[1], 1, 1, device=device), itertools.cycle(tensors)
+        launch = _seconds(lambda: module(tiny), device)
+        scaling = _seconds(lambda: next(turn) * factors, device)
+    return Constants(launch, 2 * tensors[0].nbytes / max(scaling - launch, 1e-9))
 
 
 def _seconds(call: Call, device: torch.device) -> float:

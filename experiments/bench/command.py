@@ -64,9 +64,15 @@ def _calibrate(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         raise InputError(f"{CALIBRATE} goes alone and takes nothing but --device.")
     from experiments.bench.calibrate import measure_constants
     from experiments.compare import choose_device
+    from lifelong_ens.layers.plan import device_name, save_constants
 
-    for name, value in measure_constants(choose_device(parsed.device)).items():
-        print(f"{name:24} {value:.3g}")
+    device = choose_device(parsed.device)
+    constants = measure_constants(device)
+    path = save_constants(device.type, constants)
+    print(
+        f"{device_name(device.type)}: {constants.launch_seconds * 1e6:.2f} us a launch, "
+        f"{constants.bytes_per_second / 1e9:.1f} GB/s\nwrote {path}; delete it to go back to the defaults"
+    )
 
 
 def _epilog() -> str:

@@ -39,7 +39,7 @@ class Constants:
     """What the arithmetic of a plan needs to know of a device; ``lifelong-ens bench calibrate`` measures it.
 
     Attributes:
-        launch_seconds: Of a small operation, from Python to its end.
+        launch_seconds: Of a module that does next to nothing, from Python to its end.
         bytes_per_second: That an elementwise product of activations reads and writes.
     """
 
@@ -47,8 +47,8 @@ class Constants:
     bytes_per_second: float
 
 
-# one core of a server, and a data-centre GPU; between 2020 and 2025 both moved by less than twofold
-DEFAULTS = {"cpu": Constants(4e-6, 1e10), "cuda": Constants(8e-6, 1.5e12)}
+# about one core of a server with the tensors of a small network in its caches, and a data-centre GPU
+DEFAULTS = {"cpu": Constants(2e-6, 3e10), "cuda": Constants(1e-5, 1.5e12)}
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ def plan(call: Call, constants: Constants) -> Plan:
     return Plan(best, seconds, call, constants)
 
 
-# what a member's pass launches for each of its rank-1 layers: that layer, a norm, an activation, and what is around
-_LAUNCHES_A_LAYER = 8
+# launches that the pass of one more member takes for each of its rank-1 layers: the layer, a norm, an activation
+_LAUNCHES_A_LAYER = 25
 
 
 @functools.lru_cache(maxsize=4096)

@@ -180,8 +180,8 @@ class Rank1Layer(nn.Module):
 
     def _scale(self, x: Tensor) -> Tensor:
         members, weight = self.selection.members, self.get_parameter("weight")
-        r = along(per_row(self.r.rows(members), len(x), self), x, self.channel_axis)
-        s = per_row(self.s.rows(members), len(x), self)
+        r = along(per_row(self.r.rows(members), x.shape[0], self), x, self.channel_axis)
+        s = per_row(self.s.rows(members), x.shape[0], self)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             product, x = self._autocast(x)
             y = scaled(x, weight, r.to(x.dtype), along(s, x, self.channel_axis), product)
@@ -218,7 +218,7 @@ class Rank1Layer(nn.Module):
         rows = self.bias_rows(self.selection.members)
         if rows is None:
             return y if scale is None else y * scale
-        shift = along(per_row(rows, len(y), self), y, self.channel_axis)
+        shift = along(per_row(rows, y.shape[0], self), y, self.channel_axis)
         return y + shift if scale is None else torch.addcmul(shift, y, scale)
 
     def bias_rows(self, members: Members) -> Tensor | None:
