@@ -1,4 +1,4 @@
-"""The command line: ``lifelong-ens compare | tune | ensemble | reproduce | report | list | bench``.
+"""The command line: ``lifelong-ens compare | tune | ensemble | reproduce | report | export | predict | list | bench``.
 
 Nothing heavy is imported before it is known what is asked for.
 """
@@ -17,6 +17,7 @@ from experiments import catalogue, reproduce
 from experiments.bench import command as bench
 from experiments.search import DEFAULT_SEARCH
 from lifelong_ens.errors import InputError, NonFiniteLossError, nearest
+from lifelong_ens.serving import predict
 
 EXAMPLES = """
 examples:
@@ -143,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_debug(report)
     report.set_defaults(run=_report)
 
+    _add_serving(commands, common)
     names = commands.add_parser(
         "list", help="streams, strategies, methods and networks; with a name, its options", **common
     )
@@ -220,6 +222,27 @@ def _add_ensemble(parser: argparse.ArgumentParser) -> None:
     )
     _add_debug(parser)
     parser.set_defaults(run=_ensemble)
+
+
+def _add_serving(commands: Any, common: dict[str, Any]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="tasks of a finished run as a folder that answers without Avalanche",
+        description="Write what all tasks share once, and a small file for every task. Into a folder that holds tasks "
+        "of the same shared part, tasks are added; those of the same names are replaced.",
+        **common,
+    )
+    export.add_argument("record", type=Path, metavar="RECORD", help="OUT/records/NAME.json of a finished run")
+    export.add_argument("--out", type=Path, required=True, metavar="MODEL", help="the folder")
+    export.add_argument(
+        "--tasks", help="names or numbers (from 1) of tasks, joined by commas (default: all tasks)"
+    )
+    _add_debug(export)
+    export.set_defaults(run=_export)
+    answer = commands.add_parser("predict", help=predict.HELP, **common)
+    predict.add_arguments(answer)
+    _add_debug(answer)
+    answer.set_defaults(run=_predict)
 
 
 def _add_debug(parser: argparse.ArgumentParser) -> None:
@@ -358,6 +381,20 @@ def _report(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
         raise InputError(f"--baseline {parsed.baseline} did not run; {nearest(parsed.baseline, known)}")
     report.write(parsed.out, parsed.baseline)
     _show(report, parsed.out)
+
+
+def _export(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse(rest)
+    from experiments.export import export_record
+
+    store = export_record(parsed.record, parsed.out, parsed.tasks)
+    print(store.summary())
+    print(f"next: lifelong-ens predict {parsed.out} IMAGES --task '{store.names()[0]}'")
+
+
+def _predict(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
+    _refuse(rest)
+    predict.run(parsed)
 
 
 def _compare(parsed: argparse.Namespace, rest: Sequence[str]) -> None:

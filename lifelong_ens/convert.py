@@ -51,6 +51,7 @@ MEMBER_LAYERS = (
     Rank1Layer,
     Rank1MultiheadAttention,
     HyperLayer,
+    MaskedLayer,
     MemberBatchNorm,
     MemberLayerNorm,
     MemberGroupNorm,

@@ -93,10 +93,27 @@ def read_tensors(
     Raises:
         DamagedFileError: if the file is truncated, altered, not one of ours, or hashes to something else.
     """
+    tensors, _ = read_labelled(path, sha256)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def read_labelled(
+    path: str | os.PathLike[str], sha256: str | None = None, max_bytes: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of one reading of a file, which belong together even where it is replaced meanwhile.
+
+    Args:
+        path: A file of :func:`write_tensors`.
+        sha256: If given (hex), the file must hash to it.
+        max_bytes: If given, a larger file is refused without reading it.
+
+    Raises:
+        DamagedFileError: if the file is truncated, altered, not one of ours, too large or hashes to something else.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    data = _checked_bytes(path, sha256)
+    data = _checked_bytes(path, sha256, max_bytes)
     try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -105,7 +122,30 @@ def read_tensors(
     label = _label(path, header.get("__metadata__"))
     if label["content_sha256"] != _content_sha256(tensors, label["metadata"]):
         raise _damaged(path, "was altered after it was written (its content does not match its own hash)")
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return tensors, label["metadata"]
+
+
+def map_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """As :func:`read_tensors`, but the tensors stay in the file and are read where they are used, on the CPU.
+
+    All processes that map one file share its memory. Its hash is checked now; the file must not be written into later
+    (:func:`write_tensors` never does: it puts a new file in its place).
+
+    Raises:
+        DamagedFileError: if the file is truncated, altered or not one of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise _damaged(path, f"is not a complete safetensors file ({error})") from error
+    label = _label(path, metadata)
+    if label["content_sha256"] != _content_sha256(tensors, label["metadata"]):
+        raise _damaged(path, "was altered after it was written (its content does not match its own hash)")
+    return tensors
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -178,9 +218,13 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _checked_bytes(path: str | os.PathLike[str], sha256: str | None) -> bytes:
+def _checked_bytes(path: str | os.PathLike[str], sha256: str | None, max_bytes: int | None = None) -> bytes:
     """The file's bytes, read once, so that what was hashed is what is parsed."""
-    data = Path(path).read_bytes()
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
+            raise _damaged(path, f"has {size} bytes, where at most {max_bytes} are expected")
+        data = file.read()
     if sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise _damaged(path, f"has the sha256 {found[:12]}..., expected {sha256[:12]}...")
     return data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from avalanche.benchmarks import CLExperience
@@ -11,11 +11,11 @@ from avalanche.models import avalanche_forward
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 
+from lifelong_ens.metrics.uncertainty import TaskInference, task_certainty
 from lifelong_ens.training.loop import evaluating
 from strategies.loader import evaluation_batches
 from strategies.model import TaskModel, task_indices
 
-TaskInference = Literal["entropy", "max_probability"]
 # log-probabilities (members, images, classes) and labels (images,)
 Answers = tuple[Tensor, Tensor]
 
@@ -63,8 +63,7 @@ def infer_tasks(
     Args:
         strategy: One whose network is a ``TaskNetwork``.
         experience: Images of one task that has been learnt.
-        rule: ``entropy``: the task whose prediction has the lowest entropy relative to a uniform one over its
-            classes; ``max_probability``: the one with the most probable class.
+        rule: As in ``task_certainty``.
 
     Returns:
         The share of images whose task is found, and the share whose task and class are right, both in [0, 1]; None
@@ -111,12 +110,9 @@ def shares_found(
 
 def _certainty(logits: Tensor, rule: TaskInference) -> Tensor:
     """How sure a task is of each image, ``(batch,)``, of ``(batch, classes)``."""
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    if rule == "max_probability":
-        return log_probs.max(dim=-1).values
-    entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
-    # a task of one class is always sure, and says nothing
-    return -entropy / torch.tensor(max(logits.shape[-1], 2)).log().to(entropy)
+    log_probs = torch.log_softmax(logits.float(), dim=-1).unsqueeze(0)
+    classes = torch.tensor([logits.shape[-1]], device=logits.device)
+    return task_certainty(log_probs, classes, rule)[0]
 
 
 def _accuracy(answers: Answers | None) -> float:

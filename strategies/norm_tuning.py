@@ -10,6 +10,7 @@ from avalanche.core import SupervisedPlugin
 from torch import nn
 
 from lifelong_ens.errors import UnfitNetworkError
+from lifelong_ens.networks.layout import Layout
 from lifelong_ens.networks.member_body import MemberBody, member_norms
 from lifelong_ens.networks.plain import without_classifier
 from lifelong_ens.training.fit import Fit
@@ -56,6 +57,8 @@ class NormTunedNetwork(MemberBody):
     Raises:
         UnfitNetworkError: The network has no norm that a task could have of its own.
     """
+
+    layout = Layout("norms", "per_member")
 
     def __init__(self, body: nn.Module, *, start: Start = "first") -> None:
         members, selection, has_norms = member_norms(without_classifier(body), "per_member")

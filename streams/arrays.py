@@ -43,8 +43,8 @@ def from_arrays(
     """
     import numpy as np
 
+    from lifelong_ens.images import resize
     from streams.folders import check_same_classes
-    from streams.pixels import resize
     from streams.store import from_blocks, in_memory
     from streams.tasks import TaskOptions, class_stream
 

@@ -278,11 +278,13 @@ class StreamBenchmark(CLScenario):
         classes: Per task the original class ids; label ``i`` of a task is its ``i``-th class.
         class_names: Per task the names of its classes, in the same order.
         valid_stream: The held-out part of the training samples; ``None`` without validation.
+        crop_margin: How files were brought to size, as in ``read_image``; ``None`` where arrays were resized.
     """
 
     train_stream: EagerCLStream
     test_stream: EagerCLStream
     valid_stream: EagerCLStream | None = None
+    crop_margin: float | None = None
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ def _read_digits(image_size: int | None) -> ImageStore:
     import torch
     from sklearn.datasets import load_digits
 
-    from streams.pixels import resize
+    from lifelong_ens.images import resize
     from streams.store import from_blocks, in_memory
     from streams.tasks import hold_out
 

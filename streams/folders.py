@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from lifelong_ens.errors import InputError
+from lifelong_ens.images import EXTENSIONS, read_image
 from streams.cache import Source, load
 from streams.store import Plan
 from streams.tasks import TaskOptions, class_stream
@@ -22,7 +22,6 @@ from streams.tasks import TaskOptions, class_stream
 if TYPE_CHECKING:
     from streams.benchmark import StreamBenchmark
 
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _THREADS = min(4, os.cpu_count() or 1)
 # below this, threads lose more to the interpreter's lock than they win from parallel decoding
 _THREADED_BYTES = 16_000
@@ -93,7 +92,7 @@ def _walk(folder: str, class_name: str) -> Iterator[ImageFile]:
             continue
         if entry.is_dir():
             yield from _walk(entry.path, class_name)
-        elif entry.name.lower().endswith(_EXTENSIONS):
+        elif entry.name.lower().endswith(EXTENSIONS):
             status = entry.stat()
             yield ImageFile(entry.path, class_name, status.st_size, status.st_mtime_ns)
 
@@ -174,7 +173,9 @@ def stream_of_files(
     )
     # decoding can take hours: options that do not fit the classes are refused before it
     options.classes_per_task(len(names))
-    return class_stream(name, load(source), options)
+    benchmark = class_stream(name, load(source), options)
+    benchmark.crop_margin = crop_margin
+    return benchmark
 
 
 def check_same_classes(train: Sequence[str], test: Sequence[str], where: str) -> None:
@@ -226,42 +227,3 @@ def _read_same(
             f"{path} is {sizes[0]} but {like} is {sizes[1]}; pass image_size to bring all images to one size"
         )
     return image
-
-
-def read_image(path: str, image_size: int | None, crop_margin: float = 1.0) -> np.ndarray:
-    """One file as RGB, uint8 ``(3, H, W)``, upright, and if a size is given resized and cropped to it."""
-    try:
-        with Image.open(path) as opened:
-            if image_size is not None:
-                # JPEG can be decoded at a fraction of its size; twice the wanted one keeps resizing exact
-                wanted = round(2 * image_size * crop_margin)
-                opened.draft("RGB", (wanted, wanted))
-            image = _to_rgb(ImageOps.exif_transpose(opened))
-        if image_size is not None:
-            image = _fit(image, image_size, crop_margin)
-    # PIL's readers let many kinds of error through on damaged files
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be decoded ({reason}); replace or remove this image") from None
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey: PIL's own conversion clips instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "P":
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _fit(image: Image.Image, size: int, crop_margin: float) -> Image.Image:
-    """Resize the short side to ``size * crop_margin`` and crop the centre ``size`` x ``size``."""
-    short = round(size * crop_margin)
-    width, height = image.size
-    scale = short / min(width, height)
-    target = (max(short, round(width * scale)), max(short, round(height * scale)))
-    if target != image.size:
-        image = image.resize(target, Image.Resampling.BILINEAR)
-    left, top = (target[0] - size) // 2, (target[1] - size) // 2
-    return image.crop((left, top, left + size, top + size))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from lifelong_ens.errors import InputError
+from lifelong_ens.images import resize
 from streams.cache import Source
-from streams.pixels import resize
 from streams.store import Plan, from_blocks
 
 _IDX = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))

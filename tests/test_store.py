@@ -217,3 +217,31 @@ def test_a_concurrent_reader_never_sees_half_a_file(tmp_path: Path) -> None:
         reads += 1
     writer.join()
     assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
+def test_tensors_and_metadata_of_one_reading(tmp_path):
+    path = tmp_path / "a.safetensors"
+    store.write_tensors(path, example(), {"name": "a"})
+    tensors, metadata = store.read_labelled(path)
+    assert same(tensors, example())
+    assert metadata == {"name": "a"} == store.read_metadata(path)
+    size = path.stat().st_size
+    store.read_labelled(path, max_bytes=size)
+    with pytest.raises(DamagedFileError, match=f"has {size} bytes, where at most {size - 1} are expected"):
+        store.read_labelled(path, max_bytes=size - 1)
+
+
+def test_mapped_tensors_are_checked_and_outlive_their_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    store.write_tensors(path, example())
+    mapped = store.map_tensors(path)
+    store.write_tensors(path, {"other": torch.zeros(2)})
+    assert same(mapped, example())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(DamagedFileError, match="was altered after it was written"):
+        store.map_tensors(path)
+    path.write_bytes(bytes(data[:-1]))
+    with pytest.raises(DamagedFileError, match="not a complete safetensors file"):
+        store.map_tensors(path)

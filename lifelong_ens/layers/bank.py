@@ -81,6 +81,8 @@ class Bank(nn.Module):
         )
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("committed", rows[:0].detach().clone())
+        # what `committed` is the beginning of: room for later members, so that a commit copies its own rows alone
+        self._reserved = self.committed
         self._set_active(rows.detach().clone() if len(rows) else None)
 
     def extra_repr(self) -> str:
@@ -120,10 +122,23 @@ class Bank(nn.Module):
         return pair_vectors(self.start, num_members, *shape)
 
     def commit(self) -> None:
-        """Freeze the rows in training. Their values do not change, and nothing trains them again."""
-        if self.active is not None:
-            self.committed = torch.cat([self.committed, self.active.detach()])
-            self._set_active(None)
+        """Freeze the rows in training. Their values do not change, and nothing trains them again.
+
+        The time it takes does not grow with the members before them, save that the room for members doubles at times.
+        """
+        if self.active is None:
+            return
+        before, after = len(self.committed), len(self.committed) + len(self.active)
+        # a network that was moved, cast or loaded has new tensors, behind which there is no room of ours
+        has_room = len(self._reserved) >= after and self._reserved.data_ptr() == self.committed.data_ptr()
+        if not has_room:
+            # none to spare for the first members: a bank may never have others
+            room = after if before == 0 else max(after, 2 * before)
+            self._reserved = self.committed.new_empty(room, *self.committed.shape[1:])
+            self._reserved[:before] = self.committed
+        self._reserved[before:after] = self.active.detach()
+        self.committed = self._reserved[:after]
+        self._set_active(None)
 
     def is_learning(self, member: int) -> bool:
         """Whether a member's row is in training."""
@@ -191,7 +206,7 @@ class Bank(nn.Module):
         if f"{prefix}committed" in state_dict:
             shape = state_dict[f"{prefix}committed"].shape
             if shape[1:] == self.committed.shape[1:]:
-                self.committed = self.committed.new_zeros(shape)
+                self.committed = self._reserved = self.committed.new_zeros(shape)
                 active = state_dict.get(f"{prefix}active")
                 self._set_active(None if active is None else self.committed.new_zeros(active.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

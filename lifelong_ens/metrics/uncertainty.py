@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -163,6 +164,25 @@ def mutual_information(log_probs: Tensor) -> Tensor:
     """``H[mean_m p_m] - mean_m H[p_m]``, nats, in [0, log members], 0 where all agree; ``(batch,)``."""
     members = _entropy(at_least_float32(log_probs)).mean(dim=0)
     return (predictive_entropy(log_probs) - members).clamp_min(0)
+
+
+TaskInference = Literal["entropy", "max_probability"]
+
+
+def task_certainty(log_probs: Tensor, classes: Tensor, rule: TaskInference) -> Tensor:
+    """How sure each task is of each image, ``(tasks, batch)``; where the task is not known, the surest is believed.
+
+    Args:
+        log_probs: ``(tasks, batch, classes)``, padded with -inf where a task has fewer classes.
+        classes: How many classes each task has, ``(tasks,)``.
+        rule: ``entropy``: minus the entropy relative to that of a uniform prediction over the task's classes;
+            ``max_probability``: the logarithm of the largest probability.
+    """
+    if rule == "max_probability":
+        return log_probs.max(dim=-1).values
+    # a task of one class is always sure, and says nothing
+    uniform = classes.clamp(min=2).log().unsqueeze(1)
+    return -_entropy(log_probs) / uniform
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

@@ -7,13 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lifelong_ens.convert import convert, has_members
 from lifelong_ens.errors import InputError
 from lifelong_ens.layers.bank import banks
-from lifelong_ens.layers.exported import log_mean_probability
+from lifelong_ens.networks.layout import Layout
 from lifelong_ens.networks.member_body import MemberBody
 from lifelong_ens.networks.plain import without_classifier
-from lifelong_ens.replication import Replication, replicate
 
 Init = Literal["random_sign", "gaussian", "ones", "previous", "fittest"]
 TrainOn = Literal["first", "pretrained"]
@@ -76,20 +74,16 @@ class BatchEnsembleNetwork(MemberBody):
         if first_task == "shared" and members_per_task > 1:
             raise InputError("first_task=shared holds one member; leave members_per_task at 1.")
         copies = init in ("previous", "fittest")
-        members, selection = convert(
+        layout = Layout("all", norm, bias, rank, additive)
+        members, selection = layout.with_members(
             without_classifier(body),
             members_per_task,
             # the first task has none to copy; members that started alike would stay alike
             init=("ones" if members_per_task == 1 else "random_sign") if copies else init,
-            norm="shared" if norm == "shared_frozen" else norm,
-            bias=bias,
             implicit_first=first_task == "shared",
-            rank=rank,
-            additive=additive,
         )
         super().__init__(members, selection, "previous" if copies else init, train_on == "pretrained")
-        self.members_per_task = members_per_task
-        self.replication = Replication(self.body, self.selection, has_members)
+        self.layout, self.members_per_task = layout, members_per_task
         self.origin = origin
         # which task each task started from, -1 where none; what a saved state says goes on being true
         self.register_buffer("started_from", torch.empty(0, dtype=torch.long) if init == "fittest" else None)
@@ -122,22 +116,3 @@ class BatchEnsembleNetwork(MemberBody):
                 f"task {task + 1} started from task {source + 1}" for task, source in chosen if source >= 0
             ]
         return found
-
-    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """See ``TaskNetwork.forward``; with several members, the logarithm of their mean probability."""
-        if self.members_per_task == 1:
-            return super().forward(x, task)
-        return log_mean_probability(self.member_logits(x, task))
-
-    def member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """Logits of the task's members, ``(members, batch, classes)``; every row is shown to all of them."""
-        return self.heads(self.member_features(x, task), task)
-
-    def member_features(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """What the head reads of each of the task's members, ``(members, batch, features)``."""
-        members = self.members_of(task)
-        if isinstance(members, tuple):
-            return self.replication(x, members)
-        count = self.members_per_task
-        with self.selection.of(members):
-            return self.body(replicate(x, count)).unflatten(0, (count, len(x)))

@@ -6,31 +6,30 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from lifelong_ens.convert import (
-    AFFINE_NORMS,
-    BATCH_NORMS,
     append_members,
     commit_members,
-    convert,
     export,
+    has_members,
     plan_conversion,
     replace_modules,
 )
 from lifelong_ens.errors import UnfitNetworkError
 from lifelong_ens.layers.bank import Bank, Members, Selection, banks
+from lifelong_ens.layers.exported import log_mean_probability
 from lifelong_ens.layers.masked import MaskedLayer
 from lifelong_ens.layers.structured import UNIT_LAYERS
+from lifelong_ens.networks.layout import NORM_TYPES, Layout
 from lifelong_ens.networks.task import TaskNetwork, by_task
+from lifelong_ens.replication import Replication, replicate
 
 log = logging.getLogger(__name__)
-
-# what has statistics or affine numbers that a task can have of its own
-NORM_TYPES = (*BATCH_NORMS, *AFFINE_NORMS)
 
 
 def member_norms(body: nn.Module, norm: str) -> tuple[nn.Module, Selection, bool]:
@@ -44,7 +43,7 @@ def member_norms(body: nn.Module, norm: str) -> tuple[nn.Module, Selection, bool
     if norm != "shared_frozen":
         plan = plan_conversion(body, include=include, norm=norm)  # pyright: ignore
         if any(entry.target for entry in plan):
-            return *convert(body, 1, include=include, norm=norm), True  # pyright: ignore
+            return *Layout("norms", norm).with_members(body, 1), True  # pyright: ignore
     return copy.deepcopy(body), Selection(), False
 
 
@@ -130,11 +129,33 @@ class MemberBody(TaskNetwork):
         return self
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
-        """See ``TaskNetwork.forward``."""
+        """See ``TaskNetwork.forward``; with several members, the logarithm of their mean probability."""
+        if self.members_per_task > 1:
+            return log_mean_probability(self.member_logits(x, task))
         if not isinstance(task, int) and not self.mixed_rows:
             return by_task(x, task, self.forward)
         with self.selection.of(self.members_of(task)):
             return self.heads(self.body(x), task)
+
+    def member_logits(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """Logits of the task's members, ``(members, batch, classes)``; every row is shown to all of them."""
+        if self.members_per_task == 1:
+            return self(x, task).unsqueeze(0)
+        return self.heads(self.member_features(x, task), task)
+
+    def member_features(self, x: Tensor, task: int | Tensor) -> Tensor:
+        """What the head reads of each of the task's members, ``(members, batch, features)``."""
+        members = self.members_of(task)
+        if isinstance(members, tuple):
+            return self.replication(x, members)
+        count = self.members_per_task
+        with self.selection.of(members):
+            return self.body(replicate(x, count)).unflatten(0, (count, len(x)))
+
+    @cached_property
+    def replication(self) -> Replication:
+        """How a task's members see the same rows."""
+        return Replication(self.body, self.selection, has_members)
 
     def members_of(self, task: int | Tensor) -> Members:
         """What to select for a task, or for each row's task: a single id where that will do, as it needs no gathering.

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -99,6 +101,48 @@ def test_a_committed_row_stays_where_its_training_left_it(kind: str) -> None:
     bank.append(numbers(1, 4))
     train(bank, kind)
     assert torch.equal(bank.table()[:2], learnt)
+
+
+@pytest.mark.parametrize("implicit_first", [True, False])
+def test_many_commits_copy_their_own_rows_and_leave_all_others_to_the_bit(implicit_first: bool) -> None:
+    bank = Bank(torch.empty(0, 3), "fast_weights", implicit_first=implicit_first)
+    expected, tables, copied = torch.ones(int(implicit_first), 3), [], 0
+    for member in range(100):
+        rows = numbers(1 + member % 3, 3) + member
+        bank.append(rows)
+        address = bank.committed.data_ptr()
+        bank.commit()
+        copied += bank.committed.data_ptr() != address
+        expected = torch.cat([expected, rows])
+        tables.append((bank.table(), expected))
+    # seen from any moment, also through what was handed out before
+    assert all(torch.equal(table, then) for table, then in tables)
+    assert copied <= 9
+    assert torch.equal(bank.state_dict()["committed"], expected[int(implicit_first) :])
+
+
+@pytest.mark.parametrize("change", ["double", "deepcopy", "load", "pickle"])
+def test_room_for_members_is_never_shared(change: str) -> None:
+    bank = Bank(numbers(1, 3), "bias")
+    for _ in range(4):
+        bank.commit()
+        bank.append(numbers(1, 3) + 1)
+    bank.commit()  # five rows in a room for eight
+    if change == "load":
+        other = Bank(numbers(1, 3), "bias")
+        other.load_state_dict(bank.state_dict())
+    elif change == "pickle":
+        other = pickle.loads(pickle.dumps(bank))
+    else:
+        other = copy.deepcopy(bank)
+    if change == "double":
+        other.double()
+    before = bank.table().clone()
+    for one, value in ((other, 7.0), (bank, 9.0)):
+        one.append(torch.full((1, 3), value))
+        one.commit()
+    assert torch.equal(other.table(), torch.cat([before, torch.full((1, 3), 7.0)]).to(other.table()))
+    assert torch.equal(bank.table(), torch.cat([before, torch.full((1, 3), 9.0)]))
 
 
 def test_appending_needs_the_earlier_members_committed() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lifelong_ens.errors import UnfitNetworkError
+from lifelong_ens.networks import task as task_module
 from lifelong_ens.networks.plain import mlp, resnet20
 from lifelong_ens.networks.task import Columns, Heads, Independent, MultiHead, TaskNetwork
 
@@ -84,6 +85,31 @@ def test_heads_keep_leading_axes() -> None:
     assert mixed.shape == (2, 3, 5)
     torch.testing.assert_close(mixed[:, 1, :3], heads[0](features[:, 1]))
     torch.testing.assert_close(mixed[:, 0], heads[1](features[:, 0]))
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("classes", [[3, 5, 2, 2], [4, 4, 4, 4]])
+def test_one_product_for_rows_of_many_heads_equals_one_for_each(leading, classes, monkeypatch) -> None:
+    heads = Heads().double()
+    for size in classes:
+        heads.add(6, size)
+    heads.double()
+    tasks = torch.tensor([3, 0, 0, 1, 3, 3, 0])
+    results = []
+    for gathered in (0, 10**9):
+        monkeypatch.setattr(task_module, "GATHERED_PER_HEAD", gathered)
+        torch.manual_seed(0)
+        features = torch.randn(*leading, 7, 6, dtype=torch.float64, requires_grad=True)
+        heads.zero_grad()
+        logits = heads(features, tasks)
+        weights = torch.randn(*logits.shape, dtype=torch.float64)
+        (logits.masked_fill(logits.isinf(), 0.0) * weights).sum().backward()
+        results.append([logits.detach(), features.grad, *(p.grad for p in heads.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert results[0][0].shape == (*leading, 7, max(classes[i] for i in (0, 1, 3)))
 
 
 def test_one_body_for_all_tasks_goes_on_training() -> None:

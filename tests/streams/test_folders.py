@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from lifelong_ens.errors import InputError
+from lifelong_ens.images import read_image
 from streams import image_folder, split_cifar100, split_imagenet, split_tiny_imagenet
-from streams.folders import read_image
 
 
 def sizes(benchmark):

@@ -20,6 +20,7 @@ from experiments.bench.table import COLUMNS, Table
 from experiments.catalogue import describe, load
 from experiments.cli import main
 from lifelong_ens.errors import InputError
+from lifelong_ens.layers.plan import DEFAULTS, constants_file, constants_of
 
 CPU = torch.device("cpu")
 ONE_ROUND = Effort(0.0, 0.0, 1, 1)
@@ -170,12 +171,18 @@ def test_bench_prints_its_table(tmp_path, capsys):
     assert main(["bench", "calibrate", "layers"]) == 2
 
 
-def test_calibrate_measures_what_plans_need(capsys):
+def test_calibrate_measures_what_plans_need_and_keeps_it(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIFELONG_ENS_CACHE", str(tmp_path))
     constants = measure_constants(CPU)
-    assert set(constants) == {"launch_seconds", "bytes_per_second", "merge_bytes_per_second"}
-    assert all(value > 0 for value in constants.values())
-    assert main(["bench", "calibrate"]) == 0
-    assert set(constants) == {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert 1e-8 < constants.launch_seconds < 1e-2
+    assert 1e7 < constants.bytes_per_second < 1e13
+    try:
+        assert main(["bench", "calibrate"]) == 0
+        assert str(constants_file("cpu")) in capsys.readouterr().out
+        assert constants_of("cpu").launch_seconds == pytest.approx(constants.launch_seconds, rel=20)
+        assert constants_of("cpu") != DEFAULTS["cpu"]
+    finally:
+        constants_of.cache_clear()
 
 
 def test_help_names_every_row_and_loads_no_torch():
