@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -243,6 +243,55 @@ def test_linear_layers_of_any_shape_ids_and_dtype(data: st.DataObject) -> None:
         expected = F.linear(x[row].double(), dense_weight(parts, member, 1), parts["b"][member])
         tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
         torch.testing.assert_close(out[row].double(), expected, rtol=tolerance, atol=tolerance)
+
+
+MODES = st.sampled_from(["scale", "merge", "batched"])
+LEARNS = st.sampled_from(["all", "not the shared weight", "vectors alone", "nothing"])
+
+
+# the fixture is told the mode anew for every example
+@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_convolutions_of_any_shape_run_in_every_way_as_their_dense_form(
+    data: st.DataObject, forced: Callable[[str], None]
+) -> None:
+    groups, num_members = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+    sizes = [data.draw(st.integers(1, 3)) * groups for _ in range(2)]
+    dims = data.draw(st.integers(1, 2))
+    options: dict[str, Any] = {name: data.draw(st.integers(1, 2)) for name in ("stride", "dilation")}
+    options |= {"kernel_size": data.draw(st.integers(1, 3)), "padding": data.draw(st.integers(0, 2))}
+    options |= {"groups": groups, "bias": data.draw(st.booleans()), "num_members": num_members}
+    options["padding_mode"] = data.draw(st.sampled_from(["zeros", "replicate"]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    layer = {1: Rank1Conv1d, 2: Rank1Conv2d}[dims](*sizes, init="gaussian", **options).double()
+    learns = data.draw(LEARNS)
+    layer.weight.requires_grad_(learns == "all")
+    layer.train(learns != "nothing")
+    rows = data.draw(st.integers(1, 3)) * num_members
+    x = torch.randn(rows, sizes[0], *[7] * dims, dtype=torch.float64)
+    x.requires_grad_(learns in ("all", "not the shared weight"))
+    ids = data.draw(st.lists(st.integers(0, num_members - 1), min_size=rows, max_size=rows))
+    members = data.draw(st.sampled_from([None, ids[0], torch.tensor(ids)]))
+    parts = tensors(layer)
+    forced(data.draw(MODES))
+    with layer.selection.of(members):
+        out = layer(x)
+    whose = owners(members, rows, num_members)
+    expected = torch.cat([dense_row(layer, parts, x[i : i + 1], m) for i, m in enumerate(whose)])
+    torch.testing.assert_close(out, expected)
+    if learns == "nothing":
+        return
+    direction = torch.randn_like(out)
+    own = {name: leaf for name, leaf in leaves(layer).items() if leaf.requires_grad}
+    inputs = [x] if x.requires_grad else []
+    grads = torch.autograd.grad((out * direction).sum(), [*inputs, *own.values()], allow_unused=True)
+    dense = torch.autograd.grad(
+        (expected * direction).sum(), [*inputs, *(parts[name] for name in own)], allow_unused=True
+    )
+    for grad, dense_grad in zip(grads, dense, strict=True):
+        assert (grad is None) == (dense_grad is None)
+        if grad is not None:
+            torch.testing.assert_close(grad, dense_grad)
 
 
 def nested(num_members: int, **pairs: int) -> nn.Module:
