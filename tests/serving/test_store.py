@@ -11,6 +11,8 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lifelong_ens.errors import DamagedFileError, InputError
 from lifelong_ens.networks.batch_ensemble import BatchEnsembleNetwork
@@ -148,22 +150,34 @@ def test_task_1000_costs_what_task_10_cost(tmp_path):
     store = export_network(small(1), tmp_path, body=SMALL)
     task, model, x = store.read("1"), ServedModel(tmp_path), torch.zeros(1, 1, 4, 4)
     model(x, "1")
-    writing, serving, memory = [], [], []
+    work, memory = [], []
     for number in range(2, 1002):
-        start = time.perf_counter()
-        store.write(str(number), task)
-        middle = time.perf_counter()
-        model(x, str(number))
-        writing.append(middle - start)
-        serving.append(time.perf_counter() - middle)
+        with Work() as done:
+            store.write(str(number), task)
+            model(x, str(number))
+        work.append(done.numbers)
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     sizes = {path.stat().st_size for path in (tmp_path / "tasks").iterdir()}
     assert len(sizes) == 1
     assert len(model.tasks) == 1001
-    # medians of the first and the last hundred; listing the folder is the one thing that sees all names
-    assert statistics.median(writing[-100:]) < 3 * statistics.median(writing[:100])
-    assert statistics.median(serving[-100:]) < 3 * statistics.median(serving[:100]) + 0.002
+    # medians: now and then a table is full and doubles. Where the head of each task lies, two numbers, is copied
+    assert statistics.median(work[-100:]) <= statistics.median(work[:100]) + 2 * len(model.tasks)
     assert memory[-1] - memory[10] < 64 * 1024  # KiB, of which most is the allocator's
+
+
+class Work(TorchDispatchMode):
+    """Counts the numbers that operations on tensors give."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        views = {"view", "slice", "select", "as_strided", "detach", "expand", "t", "transpose", "unsqueeze"}
+        if func._overloadpacket.__name__ not in views:
+            self.numbers += sum(one.numel() for one in tree_leaves(out) if isinstance(one, torch.Tensor))
+        return out
 
 
 # each reads two rows of the task that is replaced and eight of others: 12,500 reads
