@@ -160,16 +160,21 @@ class Bank(nn.Module):
         A row in training that is counted from the end is found without a look at how many there are before it: what is
         compiled for one task holds for the next.
         """
-        if member < 0:
-            if self.active is not None and self.is_learning(member):
-                return self.active[member]
-            member += self.num_members
-        self._check(member)
-        if member >= self.num_committed and self.active is not None:
-            return self.active[member - self.num_committed]
-        if self.first is None:
-            return self.committed[member]
-        return self.first[0] if member == 0 else self.committed[member - 1]
+        # each attribute once: a network asks for hundreds of rows in a pass, and a module's attributes are slow
+        first, committed, active = self.first, self.committed, self.active
+        if member < 0 and active is not None and -member <= active.shape[0]:
+            return active[member]
+        stored = committed.shape[0]
+        frozen = stored if first is None else stored + 1
+        total = frozen if active is None else frozen + active.shape[0]
+        index = member + total if member < 0 else member
+        if not 0 <= index < total:
+            raise IndexError(f"member {member} does not exist: the bank holds {total}.")
+        if active is not None and index >= frozen:
+            return active[index - frozen]
+        if first is None:
+            return committed[index]
+        return committed[index - 1] if index else first[0]
 
     def table(self) -> Tensor:
         """All rows, ``(members, *shape)``."""
@@ -267,6 +272,17 @@ def along(values: Tensor, x: Tensor, channel_axis: int) -> Tensor:
     shape = [1] * x.dim()
     shape[0], shape[channel_axis] = values.shape
     return values.to(x.dtype).view(shape)
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x * scale + shift``, the faster way for the memory format of ``x``.
+
+    With one operation where channels lie side by side; with two, each vectorised, where positions do: there a product
+    with numbers that are the same along the innermost axis takes five times as long fused with the sum (torch 2.15).
+    """
+    if x.dim() > 2 and x.is_contiguous() and not torch.compiler.is_compiling():
+        return (x * scale).add_(shift)
+    return torch.addcmul(shift, x, scale)
 
 
 INITS = ("random_sign", "gaussian", "ones")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lifelong_ens.layers.bank import Bank, Selection, along, per_row
+from lifelong_ens.layers.bank import Bank, Selection, along, per_row, scale_and_shift
 from lifelong_ens.layers.rank1 import Rank1Layer
 
 # the authors' code
@@ -141,7 +141,7 @@ class HyperLayer(nn.Module):
         y, response = self.base(x), self.response(x)
         kernel, bias = self.embed(self.selection.scaled)
         axis = self.base.channel_axis
-        y = torch.addcmul(y, response, along(per_row(kernel, len(x), self), y, axis))
+        y = scale_and_shift(response, along(per_row(kernel, len(x), self), y, axis), y)
         if bias is None or self.response_bias is None:
             return y
         rows = per_row(self.response_bias.rows(self.selection.members), len(x), self)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_ens.layers.bank import Bank, Members, Selection, along, by_member, per_row
+from lifelong_ens.layers.bank import Bank, Members, Selection, along, by_member, per_row, scale_and_shift
 from lifelong_ens.layers.rank1 import Rank1Layer
 
 POLICIES = ("per_member", "statistics_only", "shared")
@@ -197,13 +197,16 @@ class MemberBatchNorm(_Affine):
 
     def _one(self, x: Tensor, member: int) -> Tensor:
         """All rows belong to one member: torch's own kernel."""
-        weight, bias = (self._rows(name, member) for name in ("weight", "bias"))
-        weight, bias = (None if rows is None else rows[0] for rows in (weight, bias))
-        if self.running_mean is None or self.running_var is None:
+        weight_bank, bias_bank = self.private_weight, self.private_bias
+        weight = self.weight if weight_bank is None else weight_bank.row(member)
+        bias = self.bias if bias_bank is None else bias_bank.row(member)
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
             return F.batch_norm(x, None, None, weight, bias, True, self.momentum, self.eps)
-        learning = self.training and self.running_mean.is_learning(member)
-        mean, var = self.running_mean.row(member), self.running_var.row(member)
-        return F.batch_norm(x, mean, var, weight, bias, learning, self.momentum, self.eps)
+        learning = self.training and mean.is_learning(member)
+        return F.batch_norm(
+            x, mean.row(member), var.row(member), weight, bias, learning, self.momentum, self.eps
+        )
 
     def _by_running(self, x: Tensor, members: Members, layer: Rank1Layer | None = None) -> Tensor:
         """Rows of several members by their running statistics: one scale and one shift per row.
@@ -220,7 +223,7 @@ class MemberBatchNorm(_Affine):
         shift = -mean * scale if bias is None else bias - mean * scale
         scale = scale if layer is None else scale * layer.s.rows(members)
         scale, shift = (along(per_row(rows, len(x), self), x, 1) for rows in (scale, shift))
-        return torch.addcmul(shift, x, scale)
+        return scale_and_shift(x, scale, shift)
 
     def export(self, member: int) -> nn.Module:
         """One member as torch's plain norm."""

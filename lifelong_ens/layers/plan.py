@@ -149,7 +149,7 @@ def plan(call: Call, constants: Constants) -> Plan:
 
 
 # launches that the pass of one more member takes for each of its rank-1 layers: the layer, a norm, an activation
-_LAUNCHES_A_LAYER = 25
+_LAUNCHES_A_LAYER = 12
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_ens.layers.bank import Bank, Members, Selection, along, by_member, fast_weights, per_row
+from lifelong_ens.layers.bank import (
+    Bank,
+    Members,
+    Selection,
+    along,
+    by_member,
+    fast_weights,
+    per_row,
+    scale_and_shift,
+)
 from lifelong_ens.layers.pairs import Pairs
 from lifelong_ens.layers.plan import Call, Mode, Plan, constants_of, plan
 from lifelong_ens.layers.products import Convolution, Dense, Product, merged, outer, scaled
@@ -219,7 +228,7 @@ class Rank1Layer(nn.Module):
         if rows is None:
             return y if scale is None else y * scale
         shift = along(per_row(rows, y.shape[0], self), y, self.channel_axis)
-        return y + shift if scale is None else torch.addcmul(shift, y, scale)
+        return y + shift if scale is None else scale_and_shift(y, scale, shift)
 
     def bias_rows(self, members: Members) -> Tensor | None:
         """The selected members' biases, ``(K, out)``, one row where they share it; None where there is none."""
