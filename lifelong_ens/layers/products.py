@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lifelong_ens.layers.bank import scale_and_shift
+
 # of the input, of the weight, of the bias
 Wanted = tuple[bool, bool, bool]
 # added to r and s where gradients are divided by them, so that neither is zero; far below the resolution of what they
@@ -108,17 +110,18 @@ def merged(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, bias: Tensor | None,
     return result
 
 
-def scaled(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, product: Product) -> Tensor:
-    """``W (x * r) * s``, in the dtype of ``x``; rows of any members.
+def scaled(x: Tensor, weight: Tensor, r: Tensor, s: Tensor, shift: Tensor | None, product: Product) -> Tensor:
+    """``W (x * r) * s``, and the bias, in the dtype of ``x``; rows of any members.
 
     Args:
         x: ``(batch, in, ...)``, or ``(..., in)`` of a linear layer.
         weight: The shared weight.
         r: One row for all of ``x``, or one each, shaped to broadcast to it.
         s: The same for the output.
+        shift: The same, the bias, or None.
         product: How the layer multiplies.
     """
-    result: Any = _Scaled.apply(x, weight, r, s, product)
+    result: Any = _Scaled.apply(x, weight, r, s, shift, product)
     return result
 
 
@@ -189,30 +192,35 @@ def _by_weight(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, product: Product) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, r: Tensor, s: Tensor, shift: Tensor | None, product: Product
+    ) -> Tensor:
         y = product.forward(x * r, weight.to(x.dtype))
         ctx.product = product
+        ctx.shift_shape = None if shift is None else shift.shape
         ctx.save_for_backward(x, weight, r, s, y)
-        return y * s
+        return y * s if shift is None else scale_and_shift(y, s, shift)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, weight, r, s, y = ctx.saved_tensors
-        input_learns, weight_learns, r_learns, s_learns, _ = ctx.needs_input_grad
+        input_learns, weight_learns, r_learns, s_learns, shift_learns, _ = ctx.needs_input_grad
         (gradient,), product = gradients, ctx.product
-        dx = dweight = dr = ds = None
+        dx = dweight = dr = ds = dshift = None
+        if shift_learns:
+            dshift = _sum_to(gradient, ctx.shift_shape)
         if s_learns:
-            ds = _sum_to(gradient * y, s)
+            ds = _sum_to(gradient * y, s.shape)
         gradient = gradient * s
         if input_learns or r_learns:
             of_scaled, _, _ = product.backward(gradient, x, weight.to(x.dtype), (True, False, False))
-            dr = _sum_to(of_scaled * x, r) if r_learns else None
+            dr = _sum_to(of_scaled * x, r.shape) if r_learns else None
             dx = of_scaled.mul_(r) if input_learns else None
         if weight_learns:
             wanted = False, True, False
             dweight = product.backward(gradient, x * r, weight.to(x.dtype), wanted)[1].to(weight.dtype)
-        return dx, dweight, dr, ds, None
+        return dx, dweight, dr, ds, dshift, None
 
 
 def along_channels(vector: Tensor, like: Tensor, channel_axis: int) -> Tensor:
@@ -226,7 +234,7 @@ def _sum_to_channels(value: Tensor, channel_axis: int) -> Tensor:
     return value.sum(axes, dtype=torch.promote_types(value.dtype, torch.float32))
 
 
-def _sum_to(value: Tensor, like: Tensor) -> Tensor:
-    """Summed over the axes along which ``like`` is broadcast."""
-    axes = [axis for axis in range(value.dim()) if like.shape[axis] == 1 != value.shape[axis]]
+def _sum_to(value: Tensor, shape: torch.Size) -> Tensor:
+    """Summed over the axes along which a tensor of this shape was broadcast."""
+    axes = [axis for axis in range(value.dim()) if shape[axis] == 1 != value.shape[axis]]
     return value.sum(axes, keepdim=True) if axes else value

@@ -146,13 +146,12 @@ class Rank1Layer(nn.Module):
 
     def plan(self, x: Tensor) -> Plan:
         """The arithmetic behind ``mode`` for rows of one member, or in blocks."""
-        members = self.selection.members
         learning = self.training and torch.is_grad_enabled()
         weight = self.get_parameter("weight")
         frozen = learning and not weight.requires_grad and x.requires_grad
-        blocks = self.r.num_members if members is None else 1 if isinstance(members, int) else len(members)  # pyright: ignore
+        sizes = self._row_sizes(x)
         call = Call(
-            len(x), blocks, *self._row_sizes(x), weight.numel(), self.batched, learning, frozen, x.itemsize
+            len(x), self._num_blocks(), *sizes, weight.numel(), self.batched, learning, frozen, x.itemsize
         )
         return plan(call, constants_of(x.device.type))
 
@@ -167,6 +166,13 @@ class Rank1Layer(nn.Module):
     def _row_sizes(self, x: Tensor) -> tuple[int, int]:
         """How many numbers of a row ``r`` and ``s`` scale."""
         raise TypeError(f"{type(self).__name__} does not say how large its rows are.")
+
+    def _num_blocks(self) -> int:
+        """How many members are selected."""
+        members = self.selection.members
+        if members is None:
+            return self.r.num_members
+        return 1 if isinstance(members, int) else len(members)
 
     def selected(self) -> Sequence[int]:
         """The members of the blocks of rows."""
@@ -193,8 +199,10 @@ class Rank1Layer(nn.Module):
         s = per_row(self.s.rows(members), x.shape[0], self)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             product, x = self._autocast(x)
-            y = scaled(x, weight, r.to(x.dtype), along(s, x, self.channel_axis), product)
-            return self._add_bias(y)
+            bias = self.bias_rows(members)
+            if bias is not None:
+                bias = along(per_row(bias, x.shape[0], self), x, self.channel_axis)
+            return scaled(x, weight, r.to(x.dtype), along(s, x, self.channel_axis), bias, product)
         y = self.multiply(x * r, weight, None)
         if self._defers():
             self.deferred = True
@@ -352,6 +360,13 @@ class Rank1Linear(Rank1Layer, nn.Linear):
     def _row_sizes(self, x: Tensor) -> tuple[int, int]:
         positions = x.shape[1:-1].numel()
         return positions * self.in_features, positions * self.out_features
+
+    def _scale(self, x: Tensor) -> Tensor:
+        blocks = 1 if isinstance(self.selection.members, Tensor) else self._num_blocks()
+        if blocks == 1 or len(x) == 0 or len(x) % blocks or torch.compiler.is_compiling():
+            return super()._scale(x)
+        # with an axis for the blocks no vector is copied for every row, which would be as large as the input
+        return super()._scale(x.unflatten(0, (blocks, -1))).flatten(0, 1)
 
     def _multiply_batched(self, x: Tensor) -> Tensor:
         """Blocks of rows through the dense layers of their members, one product for all."""
