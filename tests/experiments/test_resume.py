@@ -53,7 +53,7 @@ def finished(out: Path) -> dict:
 
 # joint has no task to go on from
 @pytest.mark.parametrize("strategy", [name for name in strategies.BUILDERS if name != "joint"])
-def test_killed_at_five_random_moments_equals_uninterrupted_to_the_bit(strategy, tmp_path):
+def test_killed_at_random_moments_equals_uninterrupted_to_the_bit(strategy, tmp_path):
     whole = start(strategy, tmp_path / "whole")
     begin = time.monotonic()
     whole.join()
@@ -61,13 +61,14 @@ def test_killed_at_five_random_moments_equals_uninterrupted_to_the_bit(strategy,
     assert whole.exitcode == 0
     moments = random.Random(strategy)
     killed = 0
-    for _ in range(5):
+    # five for one method of every kind, which keep what is shared, whole networks, columns, masks; two for the others
+    for _ in range(5 if strategy in ("finetune", "independent", "batch_ensemble", "pnn", "packnet") else 2):
         process = start(strategy, tmp_path / "killed")
         process.join(moments.uniform(0.1, 0.4) * duration)
         killed += process.is_alive()
         process.kill()
         process.join()
-    assert killed >= 2, "the runs ended before they could be killed"
+    assert killed, "the runs ended before they could be killed"
     last = start(strategy, tmp_path / "killed")
     last.join()
     assert last.exitcode == 0
