@@ -161,9 +161,10 @@ class Bank(nn.Module):
         compiled for one task holds for the next.
         """
         # each attribute once: a network asks for hundreds of rows in a pass, and a module's attributes are slow
-        first, committed, active = self.first, self.committed, self.active
+        active = self.active
         if member < 0 and active is not None and -member <= active.shape[0]:
             return active[member]
+        first, committed = self.first, self.committed
         stored = committed.shape[0]
         frozen = stored if first is None else stored + 1
         total = frozen if active is None else frozen + active.shape[0]
