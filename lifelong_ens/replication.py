@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lifelong_ens.layers.bank import Selection
+from lifelong_ens.layers.exported import joined
 from lifelong_ens.layers.plan import Call, constants_of, in_turn
 from lifelong_ens.layers.rank1 import Rank1Layer
 
@@ -48,7 +49,7 @@ class Replication:
     def __call__(self, x: Tensor, members: tuple[int, ...]) -> Any:
         """Every row to every member: ``(batch, ...)`` to ``(members, batch, ...)``."""
         if self.in_turn(x, len(members)):
-            return _joined([self._one(x, member) for member in members], torch.stack)
+            return joined([self._one(x, member) for member in members], torch.stack)
         with self.selection.of(members):
             rows = self.body(replicate(x, len(members))) if self.late is None else self.late(x, len(members))
         return by_member_first(rows, len(members), len(x))
@@ -58,7 +59,7 @@ class Replication:
         rows = len(x) // len(members)
         if self.in_turn(x[:rows], len(members)):
             blocks = zip(x.split(rows), members, strict=True)
-            return _joined([self._one(block, member) for block, member in blocks], torch.cat)
+            return joined([self._one(block, member) for block, member in blocks], torch.cat)
         with self.selection.of(members):
             return self.body(x)
 
@@ -108,13 +109,6 @@ def by_member_first(out: Any, times: int, batch: int) -> Any:
     if isinstance(out, tuple):
         return tuple(by_member_first(one, times, batch) for one in out)
     return out.unflatten(0, (times, batch)) if isinstance(out, Tensor) else out
-
-
-def _joined(outs: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
-    """What several passes gave as one; of a network that returns a tuple, each tensor of it."""
-    if isinstance(outs[0], tuple):
-        return tuple(_joined(list(parts), join) for parts in zip(*outs, strict=True))
-    return join(outs) if isinstance(outs[0], Tensor) else outs[0]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ class ExportedMembers(nn.ModuleList):
 
     def forward(self, x: Tensor, *more: Any, **named: Any) -> Any:
         """What each answers, stacked: ``(members, batch, ...)``; of networks that return tuples, a tuple of such."""
-        return _stacked([member(x, *more, **named) for member in self])
+        return joined([member(x, *more, **named) for member in self], torch.stack)
 
 
 class LogMeanProbability(nn.Module):
@@ -30,8 +31,9 @@ def log_mean_probability(logits: Tensor) -> Tensor:
     return torch.logsumexp(torch.log_softmax(logits, dim=-1), dim=0) - math.log(len(logits))
 
 
-def _stacked(answers: list[Any]) -> Any:
+def joined(answers: list[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """What several passes gave as one; of networks that return tuples, each tensor of them."""
     first = answers[0]
     if isinstance(first, tuple):
-        return tuple(_stacked(list(parts)) for parts in zip(*answers, strict=True))
-    return torch.stack(answers) if isinstance(first, Tensor) else first
+        return tuple(joined(list(parts), join) for parts in zip(*answers, strict=True))
+    return join(answers) if isinstance(first, Tensor) else first

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lifelong_ens.layers.bank import scale_and_shift
+from lifelong_ens.layers.bank import along, scale_and_shift
 
 # of the input, of the weight, of the bias
 Wanted = tuple[bool, bool, bool]
@@ -142,7 +142,7 @@ class _Merged(torch.autograd.Function):
         y = product.forward(x, dense)
         if bias is not None:
             ctx.save_for_backward(x, dense, r, s, y)
-            return y + along_channels(bias, y, product.channel_axis)
+            return y + along(bias.unsqueeze(0), y, product.channel_axis)
         # its own output, which a norm behind it keeps anyway, is not saved the usual way: an activation in place may
         # overwrite it, which is no error here
         ctx.save_for_backward(x, dense, r, s)
@@ -221,11 +221,6 @@ class _Scaled(torch.autograd.Function):
             wanted = False, True, False
             dweight = product.backward(gradient, x * r, weight.to(x.dtype), wanted)[1].to(weight.dtype)
         return dx, dweight, dr, ds, dshift, None
-
-
-def along_channels(vector: Tensor, like: Tensor, channel_axis: int) -> Tensor:
-    """``(C,)`` shaped to broadcast along the channels."""
-    return vector.view(-1, *[1] * (like.dim() - 2)) if channel_axis == 1 else vector
 
 
 def _sum_to_channels(value: Tensor, channel_axis: int) -> Tensor:
