@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/lifelong-ens compare --stream split_digits --strategies finetune,independent,batch_ensemble,pnn \
 		--seeds 3 --out results/demo
+	@echo "open results/demo/report.html"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -135,9 +135,19 @@ def _parser() -> argparse.ArgumentParser:
     table.set_defaults(run=_reproduce)
 
     report = commands.add_parser(
-        "report", help="make the tables and plots of a folder of records again", **common
+        "report",
+        help="make tables, plots and the page report.html of folders of records again",
+        description="Make the tables and plots of a folder again, and report.html: one file that shows all of it and "
+        "opens from disk, without a network. Of several folders only the page is made, which compares them.",
+        **common,
     )
-    report.add_argument("out", type=Path, metavar="OUT", help="a folder that compare or ensemble wrote")
+    report.add_argument("outs", type=Path, nargs="+", metavar="OUT", help="folders of compare or ensemble")
+    report.add_argument(
+        "--page",
+        type=Path,
+        metavar="FILE",
+        help="where the page goes (default: OUT/report.html; here for several OUT)",
+    )
     report.add_argument(
         "--baseline", default="finetune", help="what summary.md tests against (default: finetune)"
     )
@@ -367,20 +377,26 @@ def _report(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     _refuse(rest)
     from lifelong_ens.report import Report
     from lifelong_ens.report.ensemble_records import holds_ensembles
+    from lifelong_ens.report.page import write_page
 
-    if holds_ensembles(parsed.out):
+    page = write_page(parsed.outs, parsed.page)
+    out = parsed.outs[0]
+    if len(parsed.outs) > 1 or not any((out / "records").glob("*.json")):
+        print(f"page: {page}")
+        return
+    if holds_ensembles(out):
         from lifelong_ens.report.ensembles import EnsembleReport
 
-        ensembles = EnsembleReport.load(parsed.out)
-        ensembles.write(parsed.out)
-        _show(ensembles, parsed.out)
+        ensembles = EnsembleReport.load(out)
+        ensembles.write(out)
+        _show(ensembles, out, page)
         return
-    report = Report.load(parsed.out)
+    report = Report.load(out)
     known = report.runs["strategy"].unique()
     if parsed.baseline != "finetune" and parsed.baseline not in known:
         raise InputError(f"--baseline {parsed.baseline} did not run; {nearest(parsed.baseline, known)}")
-    report.write(parsed.out, parsed.baseline)
-    _show(report, parsed.out)
+    report.write(out, parsed.baseline)
+    _show(report, out, page)
 
 
 def _export(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -425,11 +441,11 @@ def _tune(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     print(f"next: lifelong-ens compare --config {plan.out / 'tuned.yaml'} --seeds 5 --out OUT")
 
 
-def _show(report: Any, out: Path) -> None:
+def _show(report: Any, out: Path, page: Path | None = None) -> None:
     from tabulate import tabulate
 
     print(tabulate(report.headline(), headers="keys", tablefmt="simple", disable_numparse=True))
-    print(f"\nrecords, tables and plots: {out}")
+    print(f"\nrecords, tables and plots: {out}\npage: {page or out / 'report.html'}")
 
 
 def _refuse(rest: Sequence[str]) -> None:

@@ -17,9 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from experiments.run import Cell, Named, Run, check_writable, discard, finished_record, state_tuning
+from experiments.samples import keep_samples
+from experiments.unfinished import announce, note_finished, note_problem
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
 from lifelong_ens.report import Report
+from lifelong_ens.report.page import write_page
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import Optimisation
 from strategies.base import Strategy
@@ -47,8 +50,9 @@ def compare(
         strategies: Name to builder; a builder is called with those of ``seed=`` and ``device=`` that it takes and
             returns an Avalanche strategy. The keywords of a ``functools.partial`` go into the record.
         seeds: One run of every strategy for each.
-        out: Folder for records, checkpoints, tables and plots; None keeps nothing. A run whose record is there is
-            not repeated, one that was interrupted goes on, and the tables hold everything in the folder.
+        out: Folder for records, checkpoints, tables, plots and ``report.html``; None keeps nothing. A run whose
+            record is there is not repeated, one that was interrupted goes on, and the tables hold everything in the
+            folder.
         device: ``auto``, or a torch device.
         force: Repeat runs whose records are there.
         progress: Show a bar for every run.
@@ -89,9 +93,11 @@ def run_cells(
         check_writable(folder)
         warm_up(chosen)
         problems: list[tuple[str, InputError]] = []
-        for cell, build in cells:
-            if force:
+        if force:
+            for cell, _ in cells:
                 discard(cell, folder)
+        announce([cell for cell, _ in cells], folder)
+        for cell, build in cells:
             try:
                 record = finished_record(cell, folder)
                 if record is not None:
@@ -100,9 +106,12 @@ def run_cells(
                     _run(cell, benchmark_of(cell.seed), build, folder, chosen, progress)
             except (NonFiniteLossError, UnfitNetworkError) as error:
                 problems.append((cell.strategy.name, error))
+                note_problem(cell, error, folder)
         report = Report.load(folder) if len(problems) < len(cells) else None
         if report is not None and out is not None:
             report.write(folder)
+        if out is not None:
+            write_page([folder])
     raise_or_warn(problems, stop=report is None)
     return report  # pyright: ignore[reportReturnType]
 
@@ -156,6 +165,8 @@ def _run(
     def build_here(seed: int) -> SupervisedTemplate:
         return build(**taken(build, {"device": device, "benchmark": benchmark, "seed": seed}))
 
+    tests = [experience.dataset for experience in benchmark.streams["test"]]  # pyright: ignore
+    keep_samples(tests, folder, cell.setting, cell.seed)
     with tqdm(desc=cell.label(), unit="step", disable=None if progress else True, leave=False) as bar:
         run = Run(cell, benchmark, build_here, folder, on_step=bar.update)
         if isinstance(run.strategy, Strategy):
@@ -165,6 +176,7 @@ def _run(
         bar.total = sum(per_task)
         bar.update(sum(per_task[: len(run.progress.tasks)]))
         record = run.execute()
+    note_finished(cell, folder)
     if progress:
         _say(record, cell)
 

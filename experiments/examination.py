@@ -13,7 +13,13 @@ from torch import Tensor
 
 from lifelong_ens.errors import InputError
 from lifelong_ens.metrics.diversity import disagreement
-from lifelong_ens.metrics.uncertainty import calibration, ensemble_log_probs, pooled, predictive_entropy
+from lifelong_ens.metrics.uncertainty import (
+    calibration,
+    ensemble_log_probs,
+    pooled,
+    predictive_entropy,
+    reliability_lists,
+)
 from strategies.base import Strategy
 from strategies.evaluation import Answers, certainty, predict_each, shares_found
 from strategies.model import TaskModel
@@ -41,11 +47,15 @@ class Examined:
 
 @dataclass
 class Row:
-    """What an examination found: by task the accuracy and what stands beside it, and calibration over all tasks."""
+    """What an examination found: by task the accuracy and what stands beside it, and calibration over all tasks.
+
+    ``reliability`` is filled after the last task only.
+    """
 
     accuracy: dict[int, float] = field(default_factory=dict)
     uncertainty: list[dict[str, Any]] = field(default_factory=list)
     over_stream: dict[str, float] = field(default_factory=dict)
+    reliability: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Examination:
@@ -114,9 +124,10 @@ class Examination:
                 }
             )
         if self._known:
-            row.over_stream = calibration(
-                *pooled([self._known[index].answers for index in sorted(self._known)])
-            )
+            together = pooled([self._known[index].answers for index in sorted(self._known)])
+            row.over_stream = calibration(*together)
+            if last:
+                row.reliability = reliability_lists(*together)
         return row
 
     def _infer(

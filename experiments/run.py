@@ -88,6 +88,11 @@ class Cell:
         name = self.strategy.name.replace(":", ".").replace("/", ".")
         return f"{self.stream.name.replace(':', '.')}-{name}-{self.seed}-{told}"
 
+    @property
+    def named(self) -> Named:
+        """What tells it from the others of a comparison, with the seed."""
+        return self.strategy
+
     def label(self) -> str:
         """For people."""
         return f"{self.strategy.name} seed {self.seed}"
@@ -112,6 +117,7 @@ class Progress:
     costs: list[dict[str, Any]] = field(default_factory=list)
     tasks: list[dict[str, Any]] = field(default_factory=list)
     task_labels: list[int] = field(default_factory=list)
+    reliability: dict[str, list[float]] = field(default_factory=dict)
     seconds_evaluation: float = 0.0
 
     def __post_init__(self) -> None:
@@ -258,6 +264,7 @@ class Run:
         for index, share in row.accuracy.items():
             self.progress.accuracy[task][index] = share
         self.progress.uncertainty += [{"trained_task": task, **entry} for entry in row.uncertainty]
+        self.progress.reliability = row.reliability
         self.progress.seconds_evaluation += time.perf_counter() - start
         return row.over_stream
 
@@ -295,6 +302,7 @@ class Run:
             "setting": self.cell.setting,
             "accuracy": self.progress.accuracy,
             "uncertainty": self.progress.uncertainty,
+            "reliability": self.progress.reliability,
             "costs": self.progress.costs,
             "tasks": self.progress.tasks,
             "notes": self.strategy.network.notes() if isinstance(self.strategy, Strategy) else [],

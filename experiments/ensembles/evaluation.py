@@ -107,7 +107,6 @@ def evaluate(ensemble: Ensemble, images: Images, protocol: Protocol) -> dict[str
         held_out = predict(ensemble, images.validation)
         ensemble.temperature.fill_(fit_temperature(held_out.mean[0], held_out.labels))
     found = predict(ensemble, images.test)
-    bins = uncertainty.reliability(found.mean, found.labels)
     x, _ = images.test.batch(torch.arange(COST_ROWS), ensemble.weights.device)
     return {
         "uncertainty": [
@@ -119,7 +118,7 @@ def evaluate(ensemble: Ensemble, images: Images, protocol: Protocol) -> dict[str
             ),
         ],
         "diversity": _diversity(found),
-        "reliability": {name: getattr(bins, name).tolist() for name in ("count", "confidence", "accuracy")},
+        "reliability": uncertainty.reliability_lists(found.mean, found.labels),
         "cost": vars(ensemble.cost(x)),
         "temperature": float(ensemble.temperature),
         "num_members": ensemble.num_members,

@@ -21,10 +21,13 @@ from experiments.ensembles.run import EnsembleCell, discard, finished_record, pr
 from experiments.options import Owner, make_fit, of_owner, read_options
 from experiments.plan import FIT_OWNER, first_given, names_of, parse_seeds, read_config, short
 from experiments.run import Named, check_writable
+from experiments.samples import keep_samples
+from experiments.unfinished import announce, note_finished, note_problem
 from lifelong_ens.corruptions import CORRUPTIONS, check_name
 from lifelong_ens.ensembles.ensemble import Ensemble
 from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
 from lifelong_ens.report.ensembles import EnsembleReport
+from lifelong_ens.report.page import write_page
 from lifelong_ens.training.fit import Fit
 
 log = logging.getLogger(__name__)
@@ -94,9 +97,13 @@ class EnsemblePlan:
         warm_up(device)
         wanted = protocol_dict(self.protocol, images)
         problems: list[tuple[str, InputError]] = []
-        for cell, function in self.cells:
-            if self.force:
+        if self.force:
+            for cell, _ in self.cells:
                 discard(cell, self.out)
+        announce([cell for cell, _ in self.cells], self.out)
+        first = self.cells[0][0]
+        keep_samples([images.test], self.out, first.setting, first.seed)
+        for cell, function in self.cells:
             if finished_record(cell, wanted, self.out) is not None:
                 continue
             try:
@@ -113,10 +120,14 @@ class EnsemblePlan:
             except NonFiniteLossError as error:
                 told = f"{cell.label()}: {error}; the others are kept, try a lower --learning_rate"
                 problems.append((cell.label(), NonFiniteLossError(told)))
+                note_problem(cell, error, self.out)
             except UnfitNetworkError as error:
                 problems.append((cell.label(), error))
+                note_problem(cell, error, self.out)
             else:
+                note_finished(cell, self.out)
                 _say(record, cell)
+        write_page([self.out])
         raise_or_warn(problems, stop=len(problems) == len(self.cells))
         report = EnsembleReport.load(self.out)
         report.write(self.out)

@@ -67,6 +67,11 @@ class EnsembleCell:
         name = self.method.name.replace(":", ".")
         return f"{self.data.name}-{name}-{self.seed}-{digest([self.setting, self.method.as_dict()])}"
 
+    @property
+    def named(self) -> Named:
+        """What tells it from the others of a comparison, with the seed."""
+        return self.method
+
     def label(self) -> str:
         """For people."""
         return f"{self.method.name} seed {self.seed}"

@@ -16,9 +16,14 @@ def table_of(folder: Path) -> Shown:
     return Table.load(folder) if Table.exists(folder) else reproduce.find(folder.name).table_of(folder)
 
 
+def folders(results: Path) -> list[Path]:
+    """The folders of results that have a table; one that holds pictures alone has none."""
+    return sorted(one for one in results.iterdir() if Table.exists(one) or (one / "records").is_dir())
+
+
 def refreshed(text: str, results: Path) -> str:
     """``text`` with the table of each folder of ``results`` between ``<!-- table NAME -->`` and ``<!-- end -->``."""
-    for folder in sorted(results.iterdir()):
+    for folder in folders(results):
         block = table_of(folder).block()
         mark = f"<!-- table {folder.name} -->"
         before, found, after = text.partition(f"{mark}\n")
@@ -29,7 +34,7 @@ def refreshed(text: str, results: Path) -> str:
 
 def main() -> None:
     """Write README's tables and every committed ``table.md``."""
-    for folder in RESULTS.iterdir():
+    for folder in folders(RESULTS):
         (folder / "table.md").write_text(table_of(folder).markdown())
     readme = Path("README.md")
     readme.write_text(refreshed(readme.read_text(), RESULTS))

@@ -80,6 +80,12 @@ def reliability(log_probs: Tensor, labels: Tensor, num_bins: int = 15) -> Reliab
     )
 
 
+def reliability_lists(log_probs: Tensor, labels: Tensor) -> dict[str, list[float]]:
+    """``reliability`` (15 bins) as a record holds it: ``count``, ``confidence`` and ``accuracy`` of every bin."""
+    bins = reliability(log_probs, labels)
+    return {name: getattr(bins, name).tolist() for name in ("count", "confidence", "accuracy")}
+
+
 def expected_calibration_error(log_probs: Tensor, labels: Tensor, num_bins: int = 15) -> Tensor:
     """``sum_b (n_b/n) |accuracy_b - confidence_b|``, in [0, 1], lower is better; a scalar.
 

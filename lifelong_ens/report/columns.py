@@ -1,4 +1,4 @@
-"""Every column of the four tables: its order, its unit and what it means."""
+"""Every column of the tables: its order, its unit and what it means."""
 
 from __future__ import annotations
 
@@ -145,6 +145,19 @@ TASKS = (
     Column("seconds_evaluation", "seconds", "of evaluation so far"),
     _SETTING,
 )
+
+
+RELIABILITY = (
+    *_KEYS,
+    Column("bin", "", "of 15 bins of equal width over the confidence, counted from 0"),
+    Column("count", "images", "in the bin, of the test images of all tasks after the last one"),
+    Column("confidence", "[0, 1]", "their mean confidence: the largest of the members' mean probabilities"),
+    Column("accuracy", "[0, 1]", "the share of them that is answered right"),
+    _SETTING,
+)
+
+UNCERTAINTY = tuple(one for one in ACCURACY if one.name != "accuracy")
+"""Those of ``ACCURACY`` that say how sure the answers are."""
 
 
 def version_column(name: str) -> Column:

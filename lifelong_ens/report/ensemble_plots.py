@@ -35,22 +35,27 @@ def reliability_diagrams(bins: _Pandas) -> bytes:
     for unused in panels[len(methods) :]:
         unused.set_visible(False)
     for method, axes in zip(methods, panels, strict=False):
-        own = bins[(bins["method"] == method) & (bins["count"] > 0)]
-        weight = own["count"].groupby(own["bin"]).sum()
-        confidence = (own["confidence"] * own["count"]).groupby(own["bin"]).sum() / weight
-        accuracy = (own["accuracy"] * own["count"]).groupby(own["bin"]).sum() / weight
-        width = 1 / (int(bins["bin"].max()) + 1)
-        share = weight / weight.sum()
-        middle = (weight.index.to_numpy() + 0.5) * width
-        axes.bar(middle, share, 0.9 * width, color="#C9D6E2", zorder=1)
-        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 2)), zorder=2)
-        axes.plot(confidence, accuracy, marker="o", markersize=4, color=COLOURS[0], zorder=3)
-        gap = float((share * (accuracy - confidence).abs()).sum())
+        gap = draw_reliability(axes, bins[bins["method"] == method])
         decorate(axes, "confidence", "accuracy")
         axes.set_title(f"{method}\nECE {gap:.3f}", fontsize=10)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1.02)
     return png(figure)
+
+
+def draw_reliability(axes: Any, bins: _Pandas, colour: str = COLOURS[0]) -> float:
+    """The diagram of one method, from a row for each seed and bin; returns its expected calibration error."""
+    own = bins[bins["count"] > 0]
+    weight = own["count"].groupby(own["bin"]).sum()
+    confidence = (own["confidence"] * own["count"]).groupby(own["bin"]).sum() / weight
+    accuracy = (own["accuracy"] * own["count"]).groupby(own["bin"]).sum() / weight
+    width = 1 / (int(bins["bin"].max()) + 1)
+    share = weight / weight.sum()
+    middle = (weight.index.to_numpy() + 0.5) * width
+    axes.bar(middle, share, 0.9 * width, color=GREY, alpha=0.35, zorder=1)
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (4, 2)), zorder=2)
+    axes.plot(confidence, accuracy, marker="o", markersize=4, color=colour, zorder=3)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    return float((share * (accuracy - confidence).abs()).sum())
 
 
 def against_cost(runs: _Pandas) -> bytes:

@@ -26,11 +26,12 @@ def place_labels(
     bars: NDArray[np.float64],
     labels: Sequence[str],
     colours: Sequence[str],
+    groups: Sequence[str] | None = None,
 ) -> None:
     """Write each label near its point ``(points, 2)``, with a thin line to it where it had to move away.
 
     ``bars`` ``(points,)`` are the half lengths of vertical error bars, which are kept free as well. A label
-    for which there is no room lands where it overlaps least.
+    for which there is no room lands where it overlaps least. ``groups`` names each label and its line in the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -54,8 +55,9 @@ def place_labels(
         ring, box = _best_box(centres[i], size.width, size.height, taken, frame)
         taken.append(box)
         text.set_position((box[0] - centres[i][0], box[1] - centres[i][1]))
+        text.set_gid(None if groups is None else groups[i])
         if ring > 0:
-            _draw_leader(axes, centres[i], box, colours[i])
+            _draw_leader(axes, centres[i], box, colours[i], text.get_gid())
 
 
 def wrapped(text: str, width: int) -> str:
@@ -98,8 +100,9 @@ def _overlap(first: _Box, second: _Box) -> float:
     return max(width, 0.0) * max(height, 0.0)
 
 
-def _draw_leader(axes: Axes, centre: NDArray[np.float64], box: _Box, colour: str) -> None:
+def _draw_leader(axes: Axes, centre: NDArray[np.float64], box: _Box, colour: str, group: str | None) -> None:
     """A thin line from a point to the nearest edge of its label."""
     end = (min(max(centre[0], box[0]), box[2]), min(max(centre[1], box[1]), box[3]))
     line = axes.transData.inverted().transform(np.array([centre, end]))
-    axes.plot(line[:, 0], line[:, 1], color=colour, linewidth=0.8, alpha=0.6, scalex=False, scaley=False)
+    style: dict[str, Any] = {"color": colour, "linewidth": 0.8, "alpha": 0.6}
+    axes.plot(line[:, 0], line[:, 1], **style, gid=group, scalex=False, scaley=False)

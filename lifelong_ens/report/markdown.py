@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -94,6 +95,19 @@ def _columns(columns: pd.DataFrame) -> str:
         items = [f"* `{name}`{f' ({unit})' if unit else ''}: {meaning}" for name, unit, meaning in rows]
         lists.append(f"### {table}.csv\n\n" + "\n".join(items))
     return "\n\n".join(lists)
+
+
+def html_table(table: pd.DataFrame) -> str:
+    """The same for a notebook."""
+    return table.to_html(index=False, border=0)
+
+
+def latex_table(table: pd.DataFrame) -> str:
+    r"""The same for LaTeX, in the style of booktabs; ``±``, ``–`` and the ``x`` of ratios as LaTeX writes them."""
+    align = "l" + "r" * (table.shape[1] - 1)
+    text = table.astype(str).to_latex(index=False, escape=True, column_format=align)
+    text = re.sub(r"(?<=\d)x\)", r"$\\times$)", text)
+    return text.replace("±", r"$\pm$").replace("–", "--")
 
 
 def markdown_table(table: pd.DataFrame) -> str:

@@ -46,7 +46,7 @@ def accuracy_over_tasks(tasks: _Pandas, runs: _Pandas, labels: _Labels) -> bytes
         num_tasks = int(_of(runs, key)["num_tasks"].iloc[0])
         decorate(axes, "tasks learned", "average accuracy over tasks seen, %")
         axes.set_xlim(1 - 0.05 * num_tasks, 1.05 * num_tasks)
-        axes.set_xticks(_task_ticks(num_tasks))
+        axes.set_xticks(task_ticks(num_tasks))
     final = runs.groupby("strategy", sort=False)["average_accuracy"].mean()
     _draw_legend(figure, list(final.sort_values(ascending=False, kind="stable").index), styles)
     return png(figure)
@@ -68,7 +68,7 @@ def forgetting_matrix(accuracy: _Pandas, runs: _Pandas, labels: _Labels) -> byte
         own = cells[cells.index.droplevel([3, 4]) == key]
         for (*_, trained, evaluated), value in own.items():
             matrix[trained, evaluated] = value
-        image = _draw_matrix(axes, matrix, norm, annotate=len(matrix) * num_columns <= 24)
+        image = draw_matrix(axes, matrix, norm, annotate=len(matrix) * num_columns <= 24)
         stream, setting, strategy = key
         lines = [strategy] if len(labels) == 1 else [labels[stream, setting], strategy]
         axes.set_title("\n".join(wrapped(line, 88 // max(num_columns, 2)) for line in lines), fontsize=11)
@@ -95,7 +95,7 @@ def accuracy_against_memory(runs: _Pandas, labels: _Labels) -> bytes:
             axes.plot(x, y, marker=style["marker"], color=style["color"], markersize=9, zorder=3)
         decorate(axes, f"memory of the stored model, {unit}", "average accuracy after the last task, %")
         if len(middle):
-            _scale_memory(axes, middle["x"].to_numpy(), relative)
+            scale_memory(axes, middle["x"].to_numpy(), relative)
             colours = [styles[name]["color"] for name in middle.index]
             place_labels(axes, middle.to_numpy(), spread["y"].to_numpy(), list(middle.index), colours)
     return png(figure)
@@ -114,8 +114,8 @@ def memory_over_tasks(costs: _Pandas, runs: _Pandas, labels: _Labels) -> bytes:
             tasks = curve.index.get_level_values("trained_task").to_numpy() + 1
             axes.plot(tasks, curve.to_numpy(), **styles[strategy], linewidth=2, markeredgecolor="white")
         decorate(axes, "tasks learned", "memory of the stored model")
-        axes.set_xticks(_task_ticks(int(_of(runs, key)["num_tasks"].iloc[0])))
-        _scale_memory(axes, means.to_numpy(), relative=False, axis="y")
+        axes.set_xticks(task_ticks(int(_of(runs, key)["num_tasks"].iloc[0])))
+        scale_memory(axes, means.to_numpy(), relative=False, axis="y")
     final = runs.groupby("strategy", sort=False)["bytes"].mean().sort_values(ascending=False, kind="stable")
     _draw_legend(figure, list(final.index), styles)
     return png(figure)
@@ -156,13 +156,15 @@ def _matrix_grid(num_panels: int, num_columns: int) -> tuple[Figure, np.ndarray]
     return figure, grid
 
 
-def _draw_matrix(axes: Axes, matrix: np.ndarray, norm: Any, annotate: bool) -> Any:
+def draw_matrix(
+    axes: Axes, matrix: np.ndarray, norm: Any, annotate: bool, unmeasured: Any = _UNMEASURED
+) -> Any:
     """One heat map of percentages ``(T, T)``; dark text on light cells."""
     from matplotlib import colormaps
 
-    palette = colormaps["viridis"].with_extremes(bad=_UNMEASURED)
+    palette = colormaps["viridis"].with_extremes(bad=unmeasured)
     image = axes.imshow(np.ma.masked_invalid(matrix), cmap=palette, norm=norm, interpolation="nearest")
-    ticks = _task_ticks(len(matrix))
+    ticks = task_ticks(len(matrix))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks([tick - 1 for tick in ticks], labels=[str(tick) for tick in ticks], fontsize=9)
     axes.tick_params(length=0)
@@ -170,7 +172,7 @@ def _draw_matrix(axes: Axes, matrix: np.ndarray, norm: Any, annotate: bool) -> A
     if annotate:
         for (row, column), value in np.ndenumerate(matrix):
             if not math.isnan(value):
-                colour = "black" if norm(value) > 0.6 else "white"
+                colour = "#111111" if norm(value) > 0.6 else "#fafafa"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=9)
     return image
 
@@ -192,7 +194,7 @@ def _draw_legend(figure: Figure, strategies: Sequence[str], styles: Styles) -> N
     figure.legend(handles, names, loc="outside right upper", frameon=False, labelspacing=0.7)
 
 
-def _scale_memory(axes: Axes, values: np.ndarray, relative: bool, axis: Literal["x", "y"] = "x") -> None:
+def scale_memory(axes: Axes, values: np.ndarray, relative: bool, axis: Literal["x", "y"] = "x") -> None:
     """A log scale where the values span more than a factor of four, and ticks that people can read."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -201,13 +203,14 @@ def _scale_memory(axes: Axes, values: np.ndarray, relative: bool, axis: Literal[
         axes.set(**{f"{axis}scale": "log"})
         scaled.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         scaled.set_minor_formatter(NullFormatter())
-    scaled.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x" if relative else _bytes(x)))
+    scaled.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x" if relative else readable_bytes(x)))
     if relative:
         axes.axvline(1, color=GREY, linewidth=1, linestyle="--", zorder=1)
     axes.margins(x=0.12, y=0.12)
 
 
-def _bytes(value: float) -> str:
+def readable_bytes(value: float) -> str:
+    """``310 kB``, with a decimal prefix."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 1000:
             return f"{value:g} {unit}"
@@ -215,7 +218,7 @@ def _bytes(value: float) -> str:
     return f"{value:g} TB"
 
 
-def _task_ticks(num_tasks: int) -> list[int]:
+def task_ticks(num_tasks: int) -> list[int]:
     """At most about ten task numbers, counted from 1."""
     step = next(step for step in (1, 5, 10, 20, 50, 100, num_tasks) if num_tasks <= 10 * step)
     return sorted({1, *range(step, num_tasks + 1, step)})

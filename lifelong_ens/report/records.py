@@ -11,7 +11,8 @@ from typing import Any
 from lifelong_ens.errors import DamagedFileError, InputError
 from lifelong_ens.store import read_json
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 had no ``reliability``; all else is the same."""
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "versions": Mapping,
     "device": str,
 }
+RELIABILITY = ("count", "confidence", "accuracy")
 _COST_KEYS = ("trained_task", "component", "parameters", "bytes", "flops_forward")
 _TASK_KEYS = (
     "trained_task",
@@ -80,6 +82,7 @@ def check_record(record: Any, source: str) -> None:
     if record.get("tuning") is not None:
         check_tuning(record["tuning"], f"{source}: `tuning`")
     _check_accuracy(record, source)
+    check_reliability(record.get("reliability") or {}, source)
     for table, keys in (("costs", _COST_KEYS), ("tasks", _TASK_KEYS)):
         _check_rows(record[table], keys, len(record["accuracy"]), f"{source}: `{table}`")
 
@@ -97,6 +100,18 @@ def check_tuning(protocol: Any, source: str) -> None:
     for key, kind in _TUNING_KEYS.items():
         if not isinstance(protocol.get(key), kind):
             raise DamagedFileError(f"{source} has no proper `{key}`; tune again")
+
+
+def check_reliability(bins: Any, source: str) -> None:
+    """Check that a reliability diagram has its three lists, of one length; one of schema 1 is empty.
+
+    Raises:
+        DamagedFileError: if it has not.
+    """
+    lists = [bins.get(name) for name in RELIABILITY] if isinstance(bins, Mapping) else []
+    lengths = {len(one) if isinstance(one, list) else -1 for one in lists}
+    if bins and (len(lengths) != 1 or -1 in lengths):
+        raise _damaged(source, f"`reliability` is not {', '.join(RELIABILITY)} of every bin")
 
 
 def load_records(out: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -119,22 +134,31 @@ def read_records(
         message.
     """
     folder = Path(out) / "records"
+    records, damaged = scan_records(out, check)
+    for error in damaged:
+        _logger.warning("left out of the report: %s", error)
+    if damaged and not records:
+        raise InputError(f"none of the {len(damaged)} records in {folder} can be read: {damaged[0]}")
+    if not records:
+        raise InputError(f"no records in {folder}; run `lifelong-ens {command} --out {os.fspath(out)}` first")
+    return records
+
+
+def scan_records(
+    out: str | os.PathLike[str], check: Callable[[Any, str], None]
+) -> tuple[list[dict[str, Any]], list[DamagedFileError]]:
+    """The records in ``out/records/*.json`` as they were started, and what is wrong with those that cannot be read."""
     records: list[dict[str, Any]] = []
     damaged: list[DamagedFileError] = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted((Path(out) / "records").glob("*.json")):
         try:
             record = read_json(path)
             check(record, os.fspath(path))
         except DamagedFileError as error:
             damaged.append(error)
-            _logger.warning("left out of the report: %s", error)
         else:
             records.append(record)
-    if damaged and not records:
-        raise InputError(f"none of the {len(damaged)} records in {folder} can be read: {damaged[0]}")
-    if not records:
-        raise InputError(f"no records in {folder}; run `lifelong-ens {command} --out {os.fspath(out)}` first")
-    return sorted(records, key=lambda record: str(record.get("started")))
+    return sorted(records, key=lambda record: str(record.get("started"))), damaged
 
 
 def newest_of_each_run(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -145,7 +169,7 @@ def newest_of_each_run(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str
             record["stream"]["name"],
             record["setting"],
             record["strategy"]["name"],
-            repr(flat(record["strategy"].get("options") or {})),
+            repr(own_options(record)),
             str(record["seed"]),
         )
         if run in runs:
@@ -153,6 +177,12 @@ def newest_of_each_run(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str
         if run not in runs or str(record.get("finished")) >= str(runs[run].get("finished")):
             runs[run] = record
     return list(runs.values())
+
+
+def own_options(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a record's strategy; also ``out``, its folder, where several are read."""
+    out = {"out": record["out"]} if "out" in record else {}
+    return flat(record["strategy"].get("options") or {}) | out
 
 
 def flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A report: what the records of a comparison say, as four tidy tables, a summary and plots."""
+"""A report: what the records of a comparison say, as tidy tables, a summary and plots."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ import pandas as pd
 from lifelong_ens.errors import InputError
 from lifelong_ens.report import columns
 from lifelong_ens.report.headline import headline
-from lifelong_ens.report.markdown import summary_markdown
+from lifelong_ens.report.markdown import html_table, latex_table, markdown_table, summary_markdown
 from lifelong_ens.report.records import check_record, load_records
 from lifelong_ens.report.significance import significance
 from lifelong_ens.report.tables import build_tables
 from lifelong_ens.store import write_bytes
+
+TABLES = ("accuracy", "costs", "runs", "tasks")
+"""The tables that are written as files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +29,10 @@ class Report:
 
     Attributes:
         runs: one row per run: final metrics, final costs, ratios to the vanilla network, where it ran.
-        accuracy: one row per measured cell of an accuracy matrix.
+        accuracy: one row per measured cell of an accuracy matrix, with what ``uncertainty`` says of it.
         costs: one row per run, trained task and component.
         tasks: one row per run and trained task.
+        reliability: one row per run and bin of confidence, after the last task; of records of schema 1, none.
         labels: the name of each (stream, setting) in summaries and plots.
     """
 
@@ -36,6 +40,7 @@ class Report:
     accuracy: pd.DataFrame
     costs: pd.DataFrame
     tasks: pd.DataFrame
+    reliability: pd.DataFrame
     labels: Mapping[tuple[str, str], str]
 
     @classmethod
@@ -60,6 +65,22 @@ class Report:
             InputError: if no record can be read.
         """
         return cls.from_records(load_records(out))
+
+    @property
+    def uncertainty(self) -> pd.DataFrame:
+        """One row per measured cell of an accuracy matrix: calibration, entropy, disagreement, guessed tasks."""
+        return self.accuracy.loc[:, columns.names(columns.UNCERTAINTY)]
+
+    def to_markdown(self) -> str:
+        """The headline table for a Markdown document."""
+        return markdown_table(self.headline().reset_index())
+
+    def to_latex(self) -> str:
+        """The headline table for a paper, in the style of the package booktabs."""
+        return latex_table(self.headline().reset_index())
+
+    def _repr_html_(self) -> str:
+        return html_table(self.headline().reset_index())
 
     def summary(self) -> pd.DataFrame:
         """Mean and std over seeds: index (stream, strategy), columns (metric, mean | std).
@@ -93,20 +114,27 @@ class Report:
         return significance(self.runs, self.labels, baseline)
 
     def columns(self) -> pd.DataFrame:
-        """Every column of the four tables: name, table, unit, meaning."""
+        """Every column of the tables: name, table, dtype (float64 where a number lacks), unit, meaning."""
         versions = [name for name in self.runs.columns if name.startswith("version_")]
         documented = {
             "runs": (*columns.RUNS, *map(columns.version_column, versions)),
             "accuracy": columns.ACCURACY,
             "costs": columns.COMPONENTS,
+            "uncertainty": columns.UNCERTAINTY,
             "tasks": columns.TASKS,
+            "reliability": columns.RELIABILITY,
         }
         rows = [
-            (column.name, table, column.unit, column.meaning)
+            (column.name, table, str(getattr(self, table)[column.name].dtype), column.unit, column.meaning)
             for table, group in documented.items()
             for column in group
         ]
-        return pd.DataFrame(rows, columns=pd.Index(["name", "table", "unit", "meaning"]))
+        return pd.DataFrame(rows, columns=pd.Index(["name", "table", "dtype", "unit", "meaning"]))
+
+    def _written_columns(self) -> pd.DataFrame:
+        """The columns of the tables that are files."""
+        documented: Any = self.columns()
+        return documented[documented["table"].isin(TABLES)]
 
     def write(self, out: str | os.PathLike[str], baseline: str = "finetune") -> list[Path]:
         """Write the four tables as CSV, ``summary.md`` and three plots into ``out``; returns their paths.
@@ -119,12 +147,9 @@ class Report:
 
         plots = draw_all(self.runs, self.accuracy, self.tasks, self.labels)
         summary = summary_markdown(
-            self.headline(), self.significance(baseline), self.runs, self.columns(), plots
+            self.headline(), self.significance(baseline), self.runs, self._written_columns(), plots
         )
-        files = {
-            f"{name}.csv": getattr(self, name).to_csv(index=False).encode()
-            for name in ("accuracy", "costs", "runs", "tasks")
-        }
+        files = {f"{name}.csv": getattr(self, name).to_csv(index=False).encode() for name in TABLES}
         files |= {"summary.md": summary.encode(), **plots}
         for name, data in files.items():
             write_bytes(Path(out) / name, data)

@@ -36,13 +36,48 @@ def significance(runs: pd.DataFrame, labels: Mapping[tuple[str, str], str], base
     return pd.DataFrame(rows)
 
 
-def _interval(values: Any) -> dict[str, float]:
+def half_interval(values: Any) -> float:
+    """Half of Student's 95 % interval for the mean of a series; NaN for one value."""
     from scipy import stats
 
+    count = len(values)
+    return float(stats.t.ppf(0.975, count - 1) * values.std() / math.sqrt(count)) if count > 1 else math.nan
+
+
+def clear_best(by_seed: pd.DataFrame, lowest: bool, counted: bool = False) -> str | None:
+    """The best column, if it is better than every other one; None where that cannot be told.
+
+    Better is: the two-sided paired t-test over the seeds that both have gives p < 0.05. All comparisons have to, so
+    that their number needs no correction (an intersection-union test).
+
+    Args:
+        by_seed: A row for each seed, a column for each strategy; columns without a number are left out.
+        lowest: Whether less is better.
+        counted: Whether the numbers are counted rather than measured, so that a difference that is the same in all
+            of several seeds is no chance.
+    """
+    from scipy import stats
+
+    known: Any = by_seed.dropna(axis="columns", how="all")
+    if known.shape[1] < 2:
+        return None
+    means = known.mean()
+    best = means.idxmin() if lowest else means.idxmax()
+    for other in known.columns.drop(best):
+        pairs = known[[best, other]].dropna()
+        difference = pairs[best] - pairs[other]
+        if len(pairs) < 2 or math.isclose(difference.mean(), 0.0, abs_tol=1e-12):
+            return None
+        constant = float(difference.std()) <= 1e-9 * abs(float(difference.mean()))
+        test: Any = None if constant else stats.ttest_rel(pairs[best], pairs[other])
+        if not (counted if constant else test.pvalue < 0.05):
+            return None
+    return str(best)
+
+
+def _interval(values: Any) -> dict[str, float]:
     count, mean = len(values), float(values.mean())
-    half = math.nan
-    if count > 1:
-        half = float(stats.t.ppf(0.975, count - 1) * values.std() / math.sqrt(count))
+    half = half_interval(values)
     # no accuracy lies outside [0, 1], whatever the interval says
     low, high = (half if math.isnan(half) else min(max(mean + sign * half, 0.0), 1.0) for sign in (-1, 1))
     return {"seeds": count, "mean": mean, "low": low, "high": high}

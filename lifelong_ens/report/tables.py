@@ -10,7 +10,7 @@ import pandas as pd
 
 from lifelong_ens.metrics import continual
 from lifelong_ens.report import columns
-from lifelong_ens.report.records import flat, newest_of_each_run
+from lifelong_ens.report.records import RELIABILITY, flat, newest_of_each_run, own_options
 
 VANILLA = "finetune"
 """The strategy whose costs are the 1.0 of every ratio: one network, one head per task, nothing else."""
@@ -21,12 +21,13 @@ _Record = Mapping[str, Any]
 
 
 class Tables(NamedTuple):
-    """The four tables, every row of which starts with stream, strategy and seed, and a label per setting."""
+    """The tables, every row of which starts with stream, strategy and seed, and a label per setting."""
 
     runs: pd.DataFrame
     accuracy: pd.DataFrame
     costs: pd.DataFrame
     tasks: pd.DataFrame
+    reliability: pd.DataFrame
     labels: dict[tuple[str, str], str]
 
 
@@ -45,13 +46,22 @@ def build_tables(records: Iterable[_Record]) -> Tables:
     ]
     pairs = list(zip(keys, kept, strict=True))
     runs = _table([key | _run(record) for key, record in pairs], columns.RUNS)
-    vanilla = {_group(key): i for i, (key, record) in reversed(list(enumerate(pairs))) if _is_vanilla(record)}
-    _add_ratios(runs, [vanilla.get(_group(key)) for key in keys])
+    vanilla: dict[tuple[Any, ...], int] = {}
+    for i, (key, record) in enumerate(pairs):
+        if _is_vanilla(record):
+            vanilla.setdefault(_group(key), i)
+            vanilla.setdefault((*_group(key), record.get("out")), i)
+    # the vanilla network of the same folder, if it has one
+    of_each = [
+        vanilla.get((*_group(key), record.get("out")), vanilla.get(_group(key))) for key, record in pairs
+    ]
+    _add_ratios(runs, of_each)
     return Tables(
         runs,
         _table([key | row for key, record in pairs for row in _accuracy_rows(record)], columns.ACCURACY),
         _table([key | dict(row) for key, record in pairs for row in record["costs"]], columns.COMPONENTS),
         _table([key | row for key, record in pairs for row in _task_rows(record)], columns.TASKS),
+        _table([key | row for key, record in pairs for row in _bin_rows(record)], columns.RELIABILITY),
         stream_labels(kept),
     )
 
@@ -64,7 +74,7 @@ def strategy_labels(records: Sequence[_Record]) -> list[str]:
         variants.setdefault((record["stream"]["name"], record["setting"], name), []).append(record)
     labels: dict[int, str] = {}
     for (_, _, name), group in variants.items():
-        suffixes = distinguish([record["strategy"].get("options") or {} for record in group])
+        suffixes = distinguish([own_options(record) for record in group])
         for record, suffix in zip(group, suffixes, strict=True):
             labels[id(record)] = f"{name} ({suffix})" if suffix else name
     return [labels[id(record)] for record in records]
@@ -192,6 +202,13 @@ def _accuracy_rows(record: _Record) -> list[dict[str, Any]]:
 def _task_rows(record: _Record) -> list[dict[str, Any]]:
     so_far = continual.average_accuracy_so_far(accuracy_matrix(record))
     return [dict(row) | {"average_accuracy": so_far[row["trained_task"]]} for row in record["tasks"]]
+
+
+def _bin_rows(record: _Record) -> list[dict[str, Any]]:
+    """The reliability diagram after the last task; a record of schema 1 has none."""
+    bins = record.get("reliability") or {name: [] for name in RELIABILITY}
+    rows = zip(*(bins[name] for name in RELIABILITY), strict=True)
+    return [{"bin": i, **dict(zip(RELIABILITY, row, strict=True))} for i, row in enumerate(rows)]
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

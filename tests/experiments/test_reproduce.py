@@ -17,7 +17,7 @@ from experiments.cli import main
 from experiments.reproduce.declaration import Quick, Reproduction, Row
 from experiments.reproduce.engine import plan_reproduction
 from experiments.reproduce.engine import reproduce as run_reproduction
-from experiments.reproduce.readme import RESULTS, refreshed, table_of
+from experiments.reproduce.readme import RESULTS, folders, refreshed, table_of
 from experiments.reproduce.table import Table
 from lifelong_ens.errors import InputError
 from lifelong_ens.report.records import load_records
@@ -226,6 +226,6 @@ def test_its_options_are_listed(name, capsys):
 def test_readme_and_tables_are_made_from_the_committed_results():
     readme = (REPOSITORY / "README.md").read_text()
     assert refreshed(readme, REPOSITORY / RESULTS) == readme
-    for folder in (REPOSITORY / RESULTS).iterdir():
+    for folder in folders(REPOSITORY / RESULTS):
         assert (folder / "table.md").read_text() == table_of(folder).markdown()
         assert f"<!-- table {folder.name} -->" in readme

@@ -13,6 +13,7 @@ import pytest
 
 import strategies
 from experiments.cli import main
+from lifelong_ens.report.records import SCHEMA
 
 # BatchNorm, momentum and weight decay in all of them; augmentation and dropout-like randomness too
 COMMON = [
@@ -138,5 +139,5 @@ def test_damaged_record_is_named_and_made_again_others_are_not_touched(tmp_path,
     first.write_bytes(damage)
     assert main(arguments) == 0
     assert first.name in caplog.text
-    assert json.loads(first.read_text())["schema"] == 1
+    assert json.loads(first.read_text())["schema"] == SCHEMA
     assert second.stat().st_mtime_ns == untouched

@@ -33,13 +33,16 @@ def test_columns_are_fixed(record, table):
     assert list(getattr(report, table).columns) == FIXED[table].split()
 
 
-@pytest.mark.parametrize("table", ["runs", "accuracy", "costs", "tasks"])
+@pytest.mark.parametrize("table", ["runs", "accuracy", "costs", "tasks", "uncertainty", "reliability"])
 def test_every_column_is_documented_in_order(record, table):
     report = Report.from_records([record(), record("joint", accuracy=JOINT)])
     documented = report.columns()
-    assert list(documented.columns) == ["name", "table", "unit", "meaning"]
+    assert list(documented.columns) == ["name", "table", "dtype", "unit", "meaning"]
     assert list(documented.loc[documented["table"] == table, "name"]) == list(getattr(report, table).columns)
     assert documented["meaning"].str.len().min() > 5
+    kinds = documented.set_index(["table", "name"])["dtype"]
+    assert kinds["runs", "average_accuracy"] == kinds["accuracy", "accuracy"] == "float64"
+    assert kinds["runs", "parameters"] == kinds["costs", "bytes"] == kinds["tasks", "trained_task"] == "int64"
 
 
 def test_a_run_by_hand(record):
@@ -179,7 +182,7 @@ def test_load_skips_and_names_the_damaged(record, tmp_path, caplog):
     for i in range(3):
         write_json(tmp_path / "records" / f"{i}.json", record(seed=i))
     (tmp_path / "records" / "1.json").write_text('{"schema": 1, "stream"')
-    write_json(tmp_path / "records" / "3.json", record(seed=3) | {"schema": 2})
+    write_json(tmp_path / "records" / "3.json", record(seed=3) | {"schema": 3})
     write_json(tmp_path / "records" / "4.json", {"something": "else"})
     with caplog.at_level(logging.WARNING):
         report = Report.load(tmp_path)
@@ -213,7 +216,9 @@ def test_load_of_nothing_readable_is_an_input_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "upgrade"),
+        ({"schema": 3}, "upgrade"),
+        ({"reliability": {"count": [1]}}, "reliability"),
+        ({"reliability": {"count": [1], "confidence": [0.5], "accuracy": []}}, "reliability"),
         ({"schema": None}, "no schema"),
         ({"seed": "0"}, "`seed` is a str"),
         ({"accuracy": [[0.5, None], [0.5, 0.5]]}, "3 x 3"),

@@ -1,0 +1,60 @@
+"""What a folder says of runs that have no record: one small file for each, from its start until it is finished."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from experiments.run import Named
+from lifelong_ens.report.unfinished import FOLDER, SCHEMA
+from lifelong_ens.store import write_json
+
+
+class AnyCell(Protocol):
+    """One run of a comparison."""
+
+    @property
+    def key(self) -> str:
+        """The name of its files."""
+        ...
+
+    @property
+    def setting(self) -> str:
+        """The same for what may be compared."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        ...
+
+    @property
+    def named(self) -> Named:
+        """The strategy or method and its options."""
+        ...
+
+
+def announce(cells: Iterable[AnyCell], out: Path) -> None:
+    """Write down what is going to run; what has a record is left out."""
+    for cell in cells:
+        if not (out / "records" / f"{cell.key}.json").exists():
+            _write(cell, None, out)
+
+
+def note_problem(cell: AnyCell, problem: Exception, out: Path) -> None:
+    """Write down why a cell did not finish."""
+    _write(cell, str(problem), out)
+
+
+def note_finished(cell: AnyCell, out: Path) -> None:
+    """A cell has its record; with the last one the folder goes."""
+    (out / FOLDER / f"{cell.key}.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (out / FOLDER).rmdir()
+
+
+def _write(cell: AnyCell, problem: str | None, out: Path) -> None:
+    about = {"setting": cell.setting, "seed": cell.seed, "problem": problem}
+    write_json(out / FOLDER / f"{cell.key}.json", {"schema": SCHEMA, **cell.named.as_dict(), **about})
