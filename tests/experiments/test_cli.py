@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from experiments.cli import main
+from experiments.cli import COMMANDS, main
 
 QUICK = ["--epochs", "1", "--seeds", "1", "--device", "cpu"]
 
@@ -143,12 +143,21 @@ def test_avalanche_s_own_strategies_join(tmp_path, capsys):
     assert buffers["experiments.avalanche_strategies:ewc"] >= 2 * 5 * body / 5
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_every_command_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    help_text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert f"  lifelong-ens {command} " in help_text.partition("examples:")[2]
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["list"], ["list", "batch_ensemble"], ["compare", "--help"], ["tune", "--help"]]
+    "arguments", [["--help"], ["list"], ["list", "batch_ensemble"], *([name, "--help"] for name in COMMANDS)]
 )
 def test_help_and_list_load_neither_torch_nor_avalanche(arguments):
     code = (
-        "import sys\nfrom experiments.cli import main\n"
+        "import sys\nfrom experiments.cli import COMMANDS, main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'avalanche', 'pandas', 'matplotlib', 'sklearn', 'optuna'} & set(sys.modules)))"
     )

@@ -1,4 +1,4 @@
-"""``lifelong-ens bench``: its arguments, and what it does with them; nothing heavy is imported before."""
+"""``lifelong-ens bench``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from experiments.catalogue import describe, option_lines
 from lifelong_ens.errors import InputError
 
 HELP = "speed and memory beside named peers"
+EXAMPLES = """
+examples:
+  lifelong-ens bench --quick
+  lifelong-ens bench layers mixed_tasks --out results/bench
+  lifelong-ens bench calibrate"""
 # named like a row, but it compares nothing
 CALIBRATE = "calibrate"
 _DESCRIPTION = """\
@@ -80,4 +85,4 @@ def _epilog() -> str:
     for name, target in ROWS.items():
         lines += [f"  {name:20} {describe(target).summary}"]
         lines += [f"    {line}" for line in option_lines(target)]
-    return "\n".join(lines)
+    return "\n".join([*lines, EXAMPLES])
