@@ -105,7 +105,9 @@ class MemberBody(TaskNetwork):
         """Give the task its members and head, and freeze all that is shared unless this task is to train it."""
         if self.num_tasks:
             commit_members(self.body)
-            self.requires_grad_(False)
+            # the heads before the last are frozen already, and there may be thousands of them
+            for part in (self.body, self.heads[-1]):
+                part.requires_grad_(False)
             append_members(self.body, self.members_per_task, self.init)
         elif self.pretrained:
             self.requires_grad_(False)

@@ -54,7 +54,9 @@ class TaskNetwork(nn.Module):
         device = next((parameter.device for parameter in self.parameters()), None)
         self.add_task(num_classes)
         self.classes_per_task.append(num_classes)
-        self.to(device)
+        # what is new was made on the CPU; a walk over the parts of a thousand tasks takes longer than all the rest
+        if device is not None and device.type != "cpu":
+            self.to(device)
 
     @abstractmethod
     def add_task(self, num_classes: int) -> None:
@@ -167,6 +169,11 @@ class Heads(nn.ModuleList):
     def add(self, num_features: int, num_classes: int) -> None:
         """Append a classifier."""
         self.append(nn.Linear(num_features, num_classes))
+
+    def train(self, mode: bool = True) -> Self:
+        """Linear layers do the same in every mode: they are not walked over, for there may be thousands."""
+        self.training = mode
+        return self
 
     def forward(self, features: Tensor, task: int | Tensor) -> Tensor:
         """Features ``(..., batch, num_features)`` to logits ``(..., batch, classes)``, padded if mixed."""
