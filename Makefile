@@ -27,7 +27,7 @@ lint: $(STAMP)
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-# README's tables and each table.md under experiments/results, from the records there
+# the tables of README and of experiments/results, from the records there
 tables: $(STAMP)
 	$(BIN)/python -m experiments.reproduce.readme
 

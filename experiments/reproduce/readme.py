@@ -1,4 +1,4 @@
-"""The tables of README, made anew from the committed results: ``python -m experiments.reproduce.readme``."""
+"""The tables in the documents, made anew from the committed results: ``python -m experiments.reproduce.readme``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from experiments.bench.table import Table
 from experiments.reproduce.declaration import Shown
 
 RESULTS = Path("experiments/results")
+DOCUMENTS = (Path("README.md"), RESULTS / "README.md")
 
 
 def table_of(folder: Path) -> Shown:
@@ -33,11 +34,11 @@ def refreshed(text: str, results: Path) -> str:
 
 
 def main() -> None:
-    """Write README's tables and every committed ``table.md``."""
+    """Write the documents' tables and every committed ``table.md``."""
     for folder in folders(RESULTS):
         (folder / "table.md").write_text(table_of(folder).markdown())
-    readme = Path("README.md")
-    readme.write_text(refreshed(readme.read_text(), RESULTS))
+    for document in DOCUMENTS:
+        document.write_text(refreshed(document.read_text(), RESULTS))
 
 
 if __name__ == "__main__":

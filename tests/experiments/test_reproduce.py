@@ -17,7 +17,7 @@ from experiments.cli import main
 from experiments.reproduce.declaration import Quick, Reproduction, Row
 from experiments.reproduce.engine import plan_reproduction
 from experiments.reproduce.engine import reproduce as run_reproduction
-from experiments.reproduce.readme import RESULTS, folders, refreshed, table_of
+from experiments.reproduce.readme import DOCUMENTS, RESULTS, folders, refreshed, table_of
 from experiments.reproduce.table import Table
 from lifelong_ens.errors import InputError
 from lifelong_ens.report.records import load_records
@@ -223,9 +223,10 @@ def test_its_options_are_listed(name, capsys):
     assert "\n  --" in shown
 
 
-def test_readme_and_tables_are_made_from_the_committed_results():
-    readme = (REPOSITORY / "README.md").read_text()
-    assert refreshed(readme, REPOSITORY / RESULTS) == readme
+def test_tables_of_documents_are_made_from_the_committed_results():
+    documents = [(REPOSITORY / document).read_text() for document in DOCUMENTS]
+    for text in documents:
+        assert refreshed(text, REPOSITORY / RESULTS) == text
     for folder in folders(REPOSITORY / RESULTS):
         assert (folder / "table.md").read_text() == table_of(folder).markdown()
-        assert f"<!-- table {folder.name} -->" in readme
+        assert sum(f"<!-- table {folder.name} -->" in text for text in documents) == 1
