@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.layers.attention import Rank1MultiheadAttention
 from lifelong_ens.layers.bank import Selection, banks
+from lifelong_ens.layers.convolution import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d
 from lifelong_ens.layers.exported import ExportedMembers
 from lifelong_ens.layers.hyper import HyperLayer
+from lifelong_ens.layers.linear import Rank1Linear
 from lifelong_ens.layers.masked import MaskedLayer
 from lifelong_ens.layers.norm import MemberBatchNorm, MemberGroupNorm, MemberLayerNorm
-from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear
+from lifelong_ens.layers.rank1 import Rank1Layer
 from lifelong_ens.replication import Replication, by_member_first, replicate, sole_readers
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from experiments.bench.measuring import Call, Goal, Race
 from lifelong_ens.layers.bank import Members
-from lifelong_ens.layers.rank1 import Rank1Conv2d, Rank1Layer, Rank1Linear
+from lifelong_ens.layers.convolution import Rank1Conv2d
+from lifelong_ens.layers.linear import Rank1Linear
+from lifelong_ens.layers.rank1 import Rank1Layer
 
 TORCH_UNCERTAINTY, TABM = "torch-uncertainty", "tabm"
 NUM_MEMBERS = 4

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lifelong_ens.layers.rank1 import Rank1Linear
+from lifelong_ens.layers.linear import Rank1Linear
 
 
 class Rank1MultiheadAttention(nn.Module):

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lifelong_ens.layers.bank import (
@@ -31,7 +30,7 @@ from lifelong_ens.layers.bank import (
 )
 from lifelong_ens.layers.pairs import Pairs
 from lifelong_ens.layers.plan import Call, Mode, Plan, constants_of, plan
-from lifelong_ens.layers.products import Convolution, Dense, Product, merged, outer, scaled
+from lifelong_ens.layers.products import Product, merged, outer, scaled
 
 BIASES = ("per_member", "shared")
 
@@ -306,182 +305,7 @@ def explain(network: nn.Module, run: Callable[[], object]) -> str:
     return "\n".join(found.values())
 
 
-class Rank1Linear(Rank1Layer, nn.Linear):
-    """``nn.Linear`` with rank-1 members; rows ``(batch, ..., in_features)``, members by the first axis.
-
-    Args:
-        in_features: As in ``nn.Linear``.
-        out_features: As in ``nn.Linear``.
-        bias: Whether there is a bias, one per member.
-        num_members: How many members.
-        init: How fast weights start: ``random_sign``, ``gaussian`` or ``ones``.
-        rank: As in ``add_members``.
-        additive: As in ``add_members``.
-        device: Where the tensors live.
-    """
-
-    channel_axis = -1
-    batched = True
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        num_members: int,
-        init: str = "random_sign",
-        rank: int = 1,
-        additive: int = 0,
-        device: torch.device | str | None = None,
-    ) -> None:
-        nn.Linear.__init__(self, in_features, out_features, bias, device=device)
-        self.add_members(num_members, init=init, rank=rank, additive=additive)
-
-    @classmethod
-    def of(cls, layer: nn.Linear, num_members: int, **options: Any) -> Rank1Linear:
-        """The same layer with members, sharing its weight tensor; options as in ``add_members``."""
-        new = cls.__new__(cls)
-        nn.Linear.__init__(new, layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        return _finish(new, layer, num_members, options)
-
-    def member_sizes(self) -> tuple[int, int]:
-        """``(in_features, out_features)``."""
-        return self.in_features, self.out_features
-
-    def product(self, x: Tensor) -> tuple[Product, Tensor]:
-        """See ``Rank1Layer.product``."""
-        return Dense(), x
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See ``Rank1Layer.multiply``."""
-        return F.linear(x, weight, bias)
-
-    def _row_sizes(self, x: Tensor) -> tuple[int, int]:
-        positions = x.shape[1:-1].numel()
-        return positions * self.in_features, positions * self.out_features
-
-    def _scale(self, x: Tensor) -> Tensor:
-        blocks = 1 if isinstance(self.selection.members, Tensor) else self._num_blocks()
-        if blocks == 1 or len(x) == 0 or len(x) % blocks or torch.compiler.is_compiling():
-            return super()._scale(x)
-        # with an axis for the blocks no vector is copied for every row, which would be as large as the input
-        return super()._scale(x.unflatten(0, (blocks, -1))).flatten(0, 1)
-
-    def _multiply_batched(self, x: Tensor) -> Tensor:
-        """Blocks of rows through the dense layers of their members, one product for all."""
-        members = self.selection.members
-        r, s = self.r.rows(members), self.s.rows(members)
-        per_row(r, len(x), self)  # raises where rows would be left over
-        dense = (self.weight * (s.unsqueeze(2) * r.unsqueeze(1))).to(x.dtype)
-        blocks = x.unflatten(0, (len(r), -1))
-        y = torch.bmm(blocks.flatten(1, -2), dense.transpose(1, 2))
-        return self._add_bias(y.view(*x.shape[:-1], self.out_features))
-
-    def export(self, member: int) -> nn.Linear:
-        """One member as a plain ``nn.Linear``."""
-        plain = nn.Linear(self.in_features, self.out_features, self._has_bias(), device="meta")
-        return _fill(plain, self, member)
-
-
-class _Rank1Conv(Rank1Layer):
-    """Convolutions of any dimension: input channels scaled by ``r``, output channels by ``s``."""
-
-    in_channels: int
-    out_channels: int
-    plain: type[nn.Conv1d | nn.Conv2d | nn.Conv3d]
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, ...],
-        *,
-        num_members: int,
-        init: str = "random_sign",
-        rank: int = 1,
-        additive: int = 0,
-        **conv_options: Any,
-    ) -> None:
-        self.plain.__init__(self, in_channels, out_channels, kernel_size, **conv_options)  # pyright: ignore
-        self.add_members(num_members, init=init, rank=rank, additive=additive)
-
-    @classmethod
-    def of(cls, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, num_members: int, **options: Any) -> Self:
-        """The same convolution with members, sharing its weight tensor; options as in ``add_members``."""
-        new = cls.__new__(cls)
-        cls.plain.__init__(new, **_conv_options(layer))  # pyright: ignore
-        return _finish(new, layer, num_members, options)
-
-    def member_sizes(self) -> tuple[int, int]:
-        """``(in_channels, out_channels)``."""
-        return self.in_channels, self.out_channels
-
-    def product(self, x: Tensor) -> tuple[Product, Tensor]:
-        """See ``Rank1Layer.product``."""
-        layer: Any = self
-        padding = layer.padding
-        if isinstance(padding, str) or layer.padding_mode != "zeros":
-            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-            padding = (0,) * len(layer.stride)
-        return Convolution(layer.stride, padding, layer.dilation, layer.groups), x
-
-    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See ``Rank1Layer.multiply``."""
-        return self._conv_forward(x, weight, bias)  # pyright: ignore
-
-    def _row_sizes(self, x: Tensor) -> tuple[int, int]:
-        layer: Any = self
-        positions = 1
-        for axis, size in enumerate(x.shape[2:]):
-            if layer.padding != "same":
-                padding = 0 if layer.padding == "valid" else layer.padding[axis]
-                reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-                size = (size + 2 * padding - reach - 1) // layer.stride[axis] + 1
-            positions *= size
-        return x[0].numel() if len(x) else 0, positions * self.out_channels
-
-    def export(self, member: int) -> nn.Module:
-        """One member as torch's plain convolution."""
-        return _fill(self.plain(**_conv_options(self)), self, member)  # pyright: ignore
-
-
-class Rank1Conv1d(_Rank1Conv, nn.Conv1d):
-    """``nn.Conv1d`` with rank-1 members; options are keywords beside ``num_members`` and ``init``."""
-
-    plain = nn.Conv1d
-
-
-class Rank1Conv2d(_Rank1Conv, nn.Conv2d):
-    """``nn.Conv2d`` with rank-1 members; options are keywords beside ``num_members`` and ``init``."""
-
-    plain = nn.Conv2d
-
-
-class Rank1Conv3d(_Rank1Conv, nn.Conv3d):
-    """``nn.Conv3d`` with rank-1 members; options are keywords beside ``num_members`` and ``init``."""
-
-    plain = nn.Conv3d
-
-
-def _conv_options(layer: Any) -> dict[str, Any]:
-    """The constructor arguments of a convolution, for a copy whose tensors are put in afterwards."""
-    has_bias = layer._has_bias() if isinstance(layer, Rank1Layer) else layer.bias is not None
-    names = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-    )
-    return {name: getattr(layer, name) for name in names} | {"bias": has_bias, "device": "meta"}
-
-
-def _finish(new: R, layer: nn.Module, num_members: int, options: dict[str, Any]) -> R:
+def with_tensors_of(new: R, layer: nn.Module, num_members: int, options: dict[str, Any]) -> R:
     """Put the plain layer's tensors and mode into its converted copy and add the members."""
     weight = layer.get_parameter("weight")
     new.weight = weight  # pyright: ignore
@@ -491,7 +315,7 @@ def _finish(new: R, layer: nn.Module, num_members: int, options: dict[str, Any])
     return new.train(layer.training)
 
 
-def _fill(plain: M, layer: Rank1Layer, member: int) -> M:
+def without_members(plain: M, layer: Rank1Layer, member: int) -> M:
     """Put one member's dense tensors into a plain layer made on the meta device."""
     weight, bias = layer.member_weight(member).detach().clone(), layer.member_bias(member)
     plain.weight = nn.Parameter(weight)  # pyright: ignore

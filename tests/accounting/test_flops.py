@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lifelong_ens.accounting.flops import FlopMeter, forward_flops
 from lifelong_ens.convert import batch_ensemble, convert
-from lifelong_ens.layers.rank1 import Rank1Conv2d, Rank1Layer
+from lifelong_ens.layers.convolution import Rank1Conv2d
+from lifelong_ens.layers.rank1 import Rank1Layer
 from lifelong_ens.networks.batch_ensemble import BatchEnsembleNetwork
 from lifelong_ens.networks.plain import lenet5, mlp, resnet20
 from lifelong_ens.networks.task import Independent, MultiHead

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lifelong_ens.accounting.components import sizes
+from lifelong_ens.layers.convolution import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d
 from lifelong_ens.layers.hyper import HyperDropout, HyperLayer, HyperSelection
-from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Linear
+from lifelong_ens.layers.linear import Rank1Linear
 
 MEMBERS, HYPER = 3, 4
 LAYERS = {

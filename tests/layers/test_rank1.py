@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from lifelong_ens.layers.rank1 import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d, Rank1Layer, Rank1Linear, explain
+from lifelong_ens.layers.convolution import Rank1Conv1d, Rank1Conv2d, Rank1Conv3d
+from lifelong_ens.layers.linear import Rank1Linear
+from lifelong_ens.layers.rank1 import Rank1Layer, explain
 
 Randomise = Callable[..., nn.Module]
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lifelong_ens.errors import InputError
 from lifelong_ens.layers.bank import banks
-from lifelong_ens.layers.rank1 import Rank1Linear
+from lifelong_ens.layers.linear import Rank1Linear
 from lifelong_ens.networks.plain import mlp
 from lifelong_ens.training.fit import Fit
 from strategies import batch_ensemble_lifelong
