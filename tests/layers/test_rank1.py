@@ -113,6 +113,39 @@ def owners(members: int | Tensor | None, rows: int, num_members: int = NUM_MEMBE
     return [chosen[row // (rows // len(chosen))] for row in range(rows)]
 
 
+def assert_as_dense(
+    layer: Any, x: Tensor, members: int | Tensor | None, atol: float | None = None
+) -> list[Any]:
+    """The layer answers as the dense form of each row's member does, and so do gradients of all that learns.
+
+    Returns:
+        The gradients, of ``x`` first where it learns, then of ``leaves``.
+    """
+    tolerance: Any = {} if atol is None else {"atol": atol, "rtol": 1e-7}
+    parts = tensors(layer)
+    with layer.selection.of(members):
+        out = layer(x)
+    whose = owners(members, len(x), layer.r.num_members)
+    expected = torch.cat([dense_row(layer, parts, x[i : i + 1], m) for i, m in enumerate(whose)])
+    torch.testing.assert_close(out, expected, **tolerance)
+    own = {name: leaf for name, leaf in leaves(layer).items() if leaf.requires_grad}
+    inputs = {"x": x} if x.requires_grad else {}
+    if not out.requires_grad:
+        return []
+    direction = torch.randn_like(out)
+    grads = torch.autograd.grad((out * direction).sum(), [*(inputs | own).values()], allow_unused=True)
+    dense_leaves = [*inputs.values(), *(parts[name] for name in own)]
+    dense = torch.autograd.grad((expected * direction).sum(), dense_leaves, allow_unused=True)
+    for name, grad, dense_grad in zip(inputs | own, grads, dense, strict=True):
+        assert (grad is None) == (dense_grad is None), name
+        if grad is not None and dense_grad is not None:
+            message = f"gradient of {name}"
+            torch.testing.assert_close(
+                grad, dense_grad, **tolerance, msg=lambda text, m=message: f"{m}: {text}"
+            )
+    return [*grads]
+
+
 SELECTIONS: dict[str, int | Tensor | None] = {
     "all in blocks": None,
     "some in blocks": torch.tensor([2, 0]),
@@ -129,25 +162,7 @@ def test_equals_the_dense_form_and_so_do_its_gradients(
     case: str, members: int | Tensor | None, pairs: str, randomise: Randomise
 ) -> None:
     layer, shape = filled(case, randomise, pairs=pairs)
-    parts = tensors(layer)
-    x, x_dense = (torch.randn(6, *shape, dtype=torch.float64) for _ in range(2))
-    x_dense.copy_(x)
-    x.requires_grad_()
-    x_dense.requires_grad_()
-    with layer.selection.of(members):
-        out = layer(x)
-    rows = [dense_row(layer, parts, x_dense[i : i + 1], m) for i, m in enumerate(owners(members, 6))]
-    expected = torch.cat(rows)
-    torch.testing.assert_close(out, expected)
-
-    direction = torch.randn_like(out)
-    found = leaves(layer)
-    grads = torch.autograd.grad((out * direction).sum(), [x, *found.values()])
-    dense = torch.autograd.grad((expected * direction).sum(), [x_dense, *parts.values()])
-    for name, grad, dense_grad in zip(["x", *found], grads, dense, strict=True):
-        torch.testing.assert_close(
-            grad, dense_grad, msg=lambda text, name=name: f"gradient of {name}: {text}"
-        )
+    assert_as_dense(layer, torch.randn(6, *shape, dtype=torch.float64, requires_grad=True), members)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -274,26 +289,8 @@ def test_convolutions_of_any_shape_run_in_every_way_as_their_dense_form(
     x.requires_grad_(learns in ("all", "not the shared weight"))
     ids = data.draw(st.lists(st.integers(0, num_members - 1), min_size=rows, max_size=rows))
     members = data.draw(st.sampled_from([None, ids[0], torch.tensor(ids)]))
-    parts = tensors(layer)
     forced(data.draw(MODES))
-    with layer.selection.of(members):
-        out = layer(x)
-    whose = owners(members, rows, num_members)
-    expected = torch.cat([dense_row(layer, parts, x[i : i + 1], m) for i, m in enumerate(whose)])
-    torch.testing.assert_close(out, expected)
-    if learns == "nothing":
-        return
-    direction = torch.randn_like(out)
-    own = {name: leaf for name, leaf in leaves(layer).items() if leaf.requires_grad}
-    inputs = [x] if x.requires_grad else []
-    grads = torch.autograd.grad((out * direction).sum(), [*inputs, *own.values()], allow_unused=True)
-    dense = torch.autograd.grad(
-        (expected * direction).sum(), [*inputs, *(parts[name] for name in own)], allow_unused=True
-    )
-    for grad, dense_grad in zip(grads, dense, strict=True):
-        assert (grad is None) == (dense_grad is None)
-        if grad is not None:
-            torch.testing.assert_close(grad, dense_grad)
+    assert_as_dense(layer, x, members)
 
 
 def nested(num_members: int, **pairs: int) -> nn.Module:
@@ -357,20 +354,8 @@ def test_every_way_to_run_equals_the_dense_form_and_so_do_its_gradients(
     forced(mode)
     layer, shape = filled(case, randomise)
     layer.weight.requires_grad_(learns in ("all", "not the input"))
-    parts = tensors(layer)
     x = torch.randn(6, *shape, dtype=torch.float64, requires_grad=learns in ("all", "not the shared weight"))
-    with layer.selection.of(members):
-        out = layer(x)
-    rows = [dense_row(layer, parts, x[i : i + 1], m) for i, m in enumerate(owners(members, 6))]
-    expected = torch.cat(rows)
-    torch.testing.assert_close(out, expected)
-    direction = torch.randn_like(out)
-    own = {name: leaf for name, leaf in leaves(layer).items() if leaf.requires_grad}
-    inputs = [x] if x.requires_grad else []
-    grads = torch.autograd.grad((out * direction).sum(), [*inputs, *own.values()])
-    dense = torch.autograd.grad((expected * direction).sum(), [*inputs, *(parts[name] for name in own)])
-    for grad, dense_grad in zip(grads, dense, strict=True):
-        torch.testing.assert_close(grad, dense_grad)
+    assert_as_dense(layer, x, members)
 
 
 def test_gradients_at_vectors_of_zero_are_right_where_the_shared_weight_is_frozen(
@@ -381,19 +366,11 @@ def test_gradients_at_vectors_of_zero_are_right_where_the_shared_weight_is_froze
     layer.weight.requires_grad_(False)
     with torch.no_grad():
         layer.r.active[1, 2] = layer.s.active[1, 3] = 0.0
-    parts = tensors(layer)
     x = torch.randn(6, *shape, dtype=torch.float64, requires_grad=True)
-    with layer.selection.of(1):
-        out = layer(x)
-    expected = torch.cat([dense_row(layer, parts, x[i : i + 1], 1) for i in range(6)])
-    torch.testing.assert_close(out, expected, atol=1e-9, rtol=0)
-    direction = torch.randn_like(out)
-    grads = torch.autograd.grad((out * direction).sum(), [x, layer.r.active, layer.s.active])
-    dense = torch.autograd.grad((expected * direction).sum(), [x, parts["r"], parts["s"]])
-    for grad, dense_grad in zip(grads, dense, strict=True):
-        torch.testing.assert_close(grad, dense_grad, atol=1e-9, rtol=1e-7)
-    assert grads[1][1, 2] != 0
-    assert grads[2][1, 3] != 0
+    named = [name for name, leaf in leaves(layer).items() if leaf.requires_grad]
+    grads = dict(zip(["x", *named], assert_as_dense(layer, x, 1, atol=1e-9), strict=True))
+    assert grads["r"][1, 2] != 0
+    assert grads["s"][1, 3] != 0
 
 
 def test_an_activation_in_place_right_after_the_layer_is_no_error(
