@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from avalanche.benchmarks import CLExperience
 from avalanche.training.templates import SupervisedTemplate
-from torch import Tensor
 
 from lifelong_ens.errors import InputError
 from lifelong_ens.metrics.diversity import disagreement
@@ -21,7 +20,7 @@ from lifelong_ens.metrics.uncertainty import (
     reliability_lists,
 )
 from strategies.base import Strategy
-from strategies.evaluation import Answers, certainty, predict_each, shares_found
+from strategies.evaluation import Answers, Claims, claims_of, predict_each, shares_found
 from strategies.model import TaskModel
 
 Evaluate = Literal["new", "all"]
@@ -36,13 +35,13 @@ class Examined:
         answers: What the strategy answered.
         accuracy: Share of right answers in [0, 1].
         measures: Calibration, entropy and disagreement.
-        sure: How sure every task so far is of every image, ``(tasks, images)``; None where tasks are not inferred.
+        claims: What every task so far says of every image; None where tasks are not inferred.
     """
 
     answers: Answers
     accuracy: float
     measures: dict[str, Any]
-    sure: Tensor | None = None
+    claims: Claims | None = None
 
 
 @dataclass
@@ -70,6 +69,7 @@ class Examination:
         rule: How tasks are inferred; ``none`` if they are not. Of earlier tasks' images new tasks are asked then, and
             the old ones are not asked again.
         evaluate: ``new``, as above, or ``all`` for asking every task every time.
+        classes: By task the stream's own ids of its classes; None where no two tasks share one.
     """
 
     def __init__(
@@ -77,10 +77,12 @@ class Examination:
         tests: Sequence[CLExperience],
         rule: Rule = "none",
         evaluate: Evaluate = "new",
+        classes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.tests = list(tests)
         self.rule: Rule = rule
         self.evaluate: Evaluate = evaluate
+        self.classes = classes
         self._known: dict[int, Examined] = {}
 
     def mode(self, strategy: SupervisedTemplate) -> Evaluate:
@@ -133,14 +135,16 @@ class Examination:
     def _infer(
         self, strategy: SupervisedTemplate, index: int, examined: Examined
     ) -> tuple[float, float] | None:
-        """Shares of images whose task, and whose task and class, are found; new tasks compete for all images."""
+        """Shares of images whose task, and whose class, are found; new tasks compete for all images."""
         if self.rule == "none" or not isinstance(strategy.model, TaskModel):
             return None
-        test, before = self.tests[index], examined.sure
-        asked = range(0 if before is None else len(before), strategy.model.network.num_tasks)
-        new = certainty(strategy, test, self.rule, asked)
-        examined.sure = new if before is None else torch.cat([before, new])
-        return shares_found(strategy, test, examined.sure, examined.answers)
+        test, before = self.tests[index], examined.claims
+        asked = range(0 if before is None else len(before.label), strategy.model.network.num_tasks)
+        new = claims_of(strategy, test, self.rule, asked)
+        if before is not None:
+            new = Claims(*(torch.cat(both) for both in zip(before, new, strict=True)))
+        examined.claims = new
+        return shares_found(strategy, test, new, examined.answers, self.classes)
 
     def _check_unmoved(self, strategy: SupervisedTemplate, index: int, answers: Answers | None) -> None:
         before = self._known[index].answers[0]

@@ -53,7 +53,7 @@ def export_record(path: Path, out: Path, chosen: str | None = None) -> TaskStore
     labels = getattr(benchmark, "class_names", None) or [
         list(map(str, range(n))) for n in network.classes_per_task
     ]
-    tasks = dict(enumerate(task_names(labels)))
+    tasks = dict(enumerate(task_names(labels, getattr(benchmark, "task_names", None))))
     if chosen is not None:
         tasks = {index: tasks[index] for index in _chosen(chosen, tasks)}
     options = {key: value for key, value in record["strategy"]["options"].items() if key != "weights"}
@@ -76,9 +76,10 @@ def export_record(path: Path, out: Path, chosen: str | None = None) -> TaskStore
     )
 
 
-def task_names(labels: Sequence[Sequence[str]]) -> list[str]:
-    """The classes of each task, where this gives short names that differ; else numbers from 1 of equal length."""
-    names = ["-".join(one).replace("/", "_").lstrip(".") for one in labels]
+def task_names(labels: Sequence[Sequence[str]], given: Sequence[str] | None = None) -> list[str]:
+    """The stream's names of tasks, or else their classes, where these can name files; else numbers from 1."""
+    wanted = ["-".join(one) for one in labels] if given is None else given
+    names = [one.replace("/", "_").lstrip(".") for one in wanted]
     if len(set(names)) == len(names) and all(0 < len(name) <= _LONGEST_NAME for name in names):
         return names
     width = len(str(len(labels)))

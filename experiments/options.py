@@ -46,6 +46,12 @@ class Owner:
         parameters = inspect.signature(self.function).parameters
         return {name: parameter.default for name, parameter in parameters.items()}
 
+    def required(self) -> list[str]:
+        """The arguments of ``function`` that a user has to set."""
+        parameters = inspect.signature(self.function).parameters.values()
+        without = {one.name for one in parameters if one.default is one.empty and "VAR" not in one.kind.name}
+        return [name for name in self.own_types() if name in without]
+
     def plain(self) -> set[str]:
         """The names that can be given without the owner's."""
         return self.own_types().keys() - self.only_dotted
@@ -74,7 +80,7 @@ def read_options(
         also: Other names that may have been meant.
 
     Raises:
-        InputError: An option that nobody takes, with the nearest names; a value of the wrong type.
+        InputError: An option that nobody takes, with the nearest names; a value of the wrong type; one that is missing.
     """
     kinds: dict[str, Any] = {}
     for owner in owners:
@@ -87,6 +93,12 @@ def read_options(
         if name not in kinds:
             valid = [one for one in [*kinds, *also] if ("." in one) == ("." in name)]
             raise InputError(f"unknown option --{name}; {nearest(name, valid)}")
+    for owner in owners:
+        for name in owner.required():
+            if name not in of_owner(owner, given):
+                raise InputError(
+                    f"{owner.name} needs --{name}; lifelong-ens list {owner.name} says what it is"
+                )
     return {name: typed(name, value, kinds[name]) for name, value in given.items()}
 
 

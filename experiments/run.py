@@ -150,7 +150,8 @@ class Run:
         self.costs.on_step = on_step
         self.experiences: list[CLExperience] = list(benchmark.streams["train"])
         self.tests: list[CLExperience] = list(benchmark.streams["test"])
-        self.examination = Examination(self.tests, cell.task_inference, cell.evaluate)
+        classes = getattr(benchmark, "classes", None)
+        self.examination = Examination(self.tests, cell.task_inference, cell.evaluate, classes)
         self.progress = Progress(len(self.experiences))
         self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -9,8 +12,26 @@ from torch.nn.functional import interpolate
 
 from lifelong_ens.errors import InputError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 _CHUNK = 1024
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is there for a file manager and not for the user."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def find_images(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+    """The image files in a folder and in folders below it, by name; what is hidden is left out."""
+    with os.scandir(folder) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir():
+            yield from find_images(entry.path)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            yield entry
 
 
 def resize(images: np.ndarray, size: int | tuple[int, int] | None) -> np.ndarray:
@@ -70,6 +91,8 @@ def crop_to_shape(image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("it holds fractions, whose white is unknown: save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         # 16-bit grey: PIL's own conversion clips instead of scaling
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))

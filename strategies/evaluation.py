@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from avalanche.benchmarks import CLExperience
 from avalanche.models import avalanche_forward
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lifelong_ens.metrics.uncertainty import TaskInference, task_certainty
 from lifelong_ens.training.loop import evaluating
@@ -56,7 +57,10 @@ def accuracy(strategy: SupervisedTemplate, experiences: Sequence[CLExperience]) 
 
 
 def infer_tasks(
-    strategy: SupervisedTemplate, experience: CLExperience, rule: TaskInference
+    strategy: SupervisedTemplate,
+    experience: CLExperience,
+    rule: TaskInference,
+    classes: Sequence[Sequence[int]] | None = None,
 ) -> tuple[float, float] | None:
     """Answer a task's images without being told the task: all tasks answer, the surest is believed.
 
@@ -64,48 +68,80 @@ def infer_tasks(
         strategy: One whose network is a ``TaskNetwork``.
         experience: Images of one task that has been learnt.
         rule: As in ``task_certainty``.
+        classes: As in ``shares_found``.
 
     Returns:
-        The share of images whose task is found, and the share whose task and class are right, both in [0, 1]; None
-        where the network is not ours or has not learnt the task.
+        The share of images whose task is found, and the share whose class is, both in [0, 1]; None where the network
+        is not ours or has not learnt the task.
     """
     answers = predict(strategy, [experience])
     if answers is None or not isinstance(strategy.model, TaskModel):
         return None
-    sure = certainty(strategy, experience, rule, range(strategy.model.network.num_tasks))
-    return shares_found(strategy, experience, sure, answers)
+    claims = claims_of(strategy, experience, rule, range(strategy.model.network.num_tasks))
+    return shares_found(strategy, experience, claims, answers, classes)
 
 
-def certainty(
+class Claims(NamedTuple):
+    """What each of several tasks says of each image, both ``(tasks, images)`` on the CPU.
+
+    Attributes:
+        certainty: How sure it is; higher is surer.
+        label: The class it would answer, as a label of its own.
+    """
+
+    certainty: Tensor
+    label: Tensor
+
+
+def claims_of(
     strategy: SupervisedTemplate,
     experience: CLExperience,
     rule: TaskInference,
     tasks: Sequence[int],
     batch_size: int = 512,
-) -> Tensor:
-    """How sure each of these tasks is of each image, ``(tasks, images)``, on the CPU; higher is surer."""
+) -> Claims:
+    """What each of these tasks says of an experience's images."""
     model: Any = strategy.model
-    rows: list[Tensor] = []
+    certainty, label = [], []
     with evaluating(model):
         for x, _, _ in evaluation_batches(experience.dataset, batch_size, strategy.device):  # pyright: ignore
-            rows.append(torch.stack([_certainty(model.network(x, task), rule) for task in tasks]).cpu())
-    return torch.cat(rows, dim=1)
+            logits = [model.network(x, task) for task in tasks]
+            certainty.append(torch.stack([_certainty(one, rule) for one in logits]).cpu())
+            label.append(torch.stack([one.argmax(dim=-1) for one in logits]).cpu())
+    return Claims(torch.cat(certainty, dim=1), torch.cat(label, dim=1))
 
 
 def shares_found(
-    strategy: SupervisedTemplate, experience: CLExperience, sure: Tensor, answers: Answers
+    strategy: SupervisedTemplate,
+    experience: CLExperience,
+    claims: Claims,
+    answers: Answers,
+    classes: Sequence[Sequence[int]] | None = None,
 ) -> tuple[float, float]:
-    """The share of an experience's images whose task is found, and that whose task and class are right, in [0, 1].
+    """The share of an experience's images whose task is found, and the share whose class is, in [0, 1].
+
+    The surest task is believed. Where tasks have different classes, a class is right only if the task is
+    (class-incremental learning); where they share classes, another task's answer is right if it is the image's class
+    (domain-incremental learning): van de Ven & Tolias 2019, "Three scenarios for continual learning".
 
     Args:
         strategy: One whose network is a ``TaskNetwork``.
         experience: Images of one task that has been learnt.
-        sure: What ``certainty`` says of all tasks, ``(tasks, images)``.
+        claims: What ``claims_of`` says of all tasks.
         answers: What ``predict`` says of the experience.
+        classes: By task label the stream's own ids of its classes; None where no two tasks share one.
     """
     (label,) = experience.task_labels  # pyright: ignore
-    mine = sure.argmax(dim=0) == strategy.model.tasks[label]  # pyright: ignore
-    return float(mine.double().mean()), float((mine & _right(answers)).double().mean())
+    index_of: dict[int, int] = strategy.model.tasks  # pyright: ignore
+    found = claims.certainty.argmax(dim=0)
+    mine = found == index_of[label]
+    right = mine & _right(answers)
+    if classes is not None:
+        # (classes, tasks), tasks in the order of the network's
+        ids = pad_sequence([torch.tensor(classes[one]) for one in sorted(index_of, key=index_of.__getitem__)])
+        answered = claims.label.gather(0, found.unsqueeze(0))[0]
+        right |= ~mine & (ids[answered, found] == ids[answers[1], index_of[label]])
+    return float(mine.double().mean()), float(right.double().mean())
 
 
 def _certainty(logits: Tensor, rule: TaskInference) -> Tensor:

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from streams.arrays import from_arrays
     from streams.cifar import split_cifar10, split_cifar100
     from streams.digits import split_digits
-    from streams.folder import image_folder
+    from streams.folder import domain_folder, image_folder
     from streams.imagenet import split_imagenet, split_tiny_imagenet
     from streams.mnist import permuted_mnist, rotated_mnist, split_fashion_mnist, split_mnist
+    from streams.table import image_table
 
 BUILDERS: dict[str, str] = {
     "split_digits": "streams.digits:split_digits",
@@ -24,13 +25,17 @@ BUILDERS: dict[str, str] = {
     "split_tiny_imagenet": "streams.imagenet:split_tiny_imagenet",
     "split_imagenet": "streams.imagenet:split_imagenet",
     "image_folder": "streams.folder:image_folder",
+    "domain_folder": "streams.folder:domain_folder",
+    "image_table": "streams.table:image_table",
     "from_arrays": "streams.arrays:from_arrays",
 }
 
 __all__ = [
     "BUILDERS",
+    "domain_folder",
     "from_arrays",
     "image_folder",
+    "image_table",
     "permuted_mnist",
     "rotated_mnist",
     "split_cifar10",

@@ -277,6 +277,7 @@ class StreamBenchmark(CLScenario):
         image_shape: ``(C, H, W)`` of one image.
         classes: Per task the original class ids; label ``i`` of a task is its ``i``-th class.
         class_names: Per task the names of its classes, in the same order.
+        task_names: Per task the user's name for it; ``None`` where tasks have no names.
         valid_stream: The held-out part of the training samples; ``None`` without validation.
         crop_margin: How files were brought to size, as in ``read_image``; ``None`` where arrays were resized.
     """
@@ -284,6 +285,7 @@ class StreamBenchmark(CLScenario):
     train_stream: EagerCLStream
     test_stream: EagerCLStream
     valid_stream: EagerCLStream | None = None
+    task_names: list[str] | None = None
     crop_margin: float | None = None
 
     def __init__(
@@ -317,12 +319,14 @@ def make_benchmark(
         train: Training images of each task.
         test: Test images of each task.
         valid: Validation images of each task; they make a third stream.
-        classes: Original class ids of each task, in the order of its labels.
+        classes: Original class ids of each task, in the order of its labels; tasks with an id in common share that
+            class. Without them every task has classes of its own.
         class_names: The name of every original class id.
         name: What reports call this stream.
     """
     if classes is None:
-        classes = [range(images.num_classes) for images in train]
+        counts = [images.num_classes for images in train]
+        classes = [range(sum(counts[:task]), sum(counts[: task + 1])) for task in range(len(counts))]
     ids = [[int(c) for c in task] for task in classes]
     names = [[class_names[c] if class_names is not None else str(c) for c in task] for task in ids]
     parts = {"train": train, "test": test} | ({"valid": valid} if valid is not None else {})

@@ -35,14 +35,14 @@ class Source:
     Attributes:
         kind: How the files are read.
         root: The folder that the user named.
-        files: Path relative to ``root``, bytes and ``mtime_ns`` of every file.
+        files: Path relative to ``root``, bytes, ``mtime_ns`` and what else is known of every file.
         plan: Reads what must be known before decoding.
         options: What else changes the decoded images, such as the image size.
     """
 
     kind: str
     root: Path
-    files: Iterable[tuple[str, int, int]]
+    files: Iterable[tuple[str | int, ...]]
     plan: Callable[[], Plan]
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from lifelong_ens.errors import InputError
-from lifelong_ens.images import EXTENSIONS, read_image
+from lifelong_ens.images import EXTENSIONS, find_images, is_hidden, read_image
+from lifelong_ens.serving.store import natural
 from streams.cache import Source, load
 from streams.store import Plan
-from streams.tasks import TaskOptions, class_stream
+from streams.tasks import TaskOptions, class_stream, hold_out, task_stream
 
 if TYPE_CHECKING:
     from streams.benchmark import StreamBenchmark
@@ -30,12 +32,13 @@ _BLOCK_BYTES = 8_000_000
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One image on disk with its class name and what its fingerprint needs."""
+    """One image on disk with its class, what its fingerprint needs, and its task where the user gave one."""
 
     path: str
     class_name: str
     num_bytes: int
     mtime_ns: int
+    task: str = ""
 
 
 def require_folder(root: str | Path, layout: str) -> Path:
@@ -54,12 +57,13 @@ def require_folder(root: str | Path, layout: str) -> Path:
 
 def has_class_folders(folder: Path) -> bool:
     """Whether ``folder`` is there and holds folders."""
-    return folder.is_dir() and bool(_class_names(folder))
+    return folder.is_dir() and bool(folder_names(folder))
 
 
-def _class_names(folder: Path) -> list[str]:
+def folder_names(folder: Path) -> list[str]:
+    """The folders in a folder, by name; what is hidden is left out."""
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(e.name for e in entries if e.is_dir() and not is_hidden(e.name))
 
 
 def list_class_folders(folder: Path, limit: int | None = None) -> list[ImageFile]:
@@ -76,34 +80,44 @@ def _list_classes(folder: Path, limit: int | None) -> list[ImageFile]:
     if not has_class_folders(folder):
         raise InputError(f"{folder} holds no class folders; expected {folder}/<class>/*.png or .jpg")
     files: list[ImageFile] = []
-    for name in _class_names(folder):
-        of_class = list(islice(_walk(str(folder / name), name), limit))
+    for name in folder_names(folder):
+        found = islice(find_images(folder / name), limit)
+        of_class = [_image_file(entry.path, name, entry.stat()) for entry in found]
         if not of_class:
-            raise InputError(f"{folder / name} holds no images; add some or remove the folder")
+            raise InputError(
+                f"{folder / name} holds no images ({', '.join(EXTENSIONS)}); add some or remove the folder"
+            )
         files.extend(of_class)
     return files
 
 
-def _walk(folder: str, class_name: str) -> Iterator[ImageFile]:
-    with os.scandir(folder) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(entry.path, class_name)
-        elif entry.name.lower().endswith(EXTENSIONS):
-            status = entry.stat()
-            yield ImageFile(entry.path, class_name, status.st_size, status.st_mtime_ns)
-
-
-def describe_file(path: Path, class_name: str) -> ImageFile:
+def describe_file(path: Path, class_name: str, task: str = "") -> ImageFile:
     """One file that a list names."""
     try:
-        status = path.stat()
+        return _image_file(str(path), class_name, path.stat(), task)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); restore it") from None
-    return ImageFile(str(path), class_name, status.st_size, status.st_mtime_ns)
+
+
+def _image_file(path: str, class_name: str, status: os.stat_result, task: str = "") -> ImageFile:
+    return ImageFile(path, class_name, status.st_size, status.st_mtime_ns, task)
+
+
+def hold_out_files(files: Sequence[ImageFile], fraction: float) -> list[bool]:
+    """Which files are held out: of every class in every task at least one, and never all."""
+    groups = sorted({(file.task, file.class_name) for file in files})
+    ids = {group: number for number, group in enumerate(groups)}
+    names = [f"{name} of task {task}" if task else name for task, name in groups]
+    numbers = torch.tensor([ids[file.task, file.class_name] for file in files])
+    return hold_out(numbers, fraction, names).tolist()
+
+
+def limited(files: Sequence[ImageFile], limit: int | None) -> list[ImageFile]:
+    """The first ``limit`` files of every class in every task."""
+    groups: dict[tuple[str, str], list[ImageFile]] = {}
+    for file in files:
+        groups.setdefault((file.task, file.class_name), []).append(file)
+    return [file for group in groups.values() for file in group[:limit]]
 
 
 def folder_source(
@@ -114,7 +128,7 @@ def folder_source(
     *,
     image_size: int | None,
     crop_margin: float = 1.0,
-    variant: float | None = None,
+    variant: Any = None,
     limit: int | None = None,
 ) -> tuple[Source, tuple[str, ...]]:
     """A source over listed files, and its class names in order.
@@ -122,19 +136,23 @@ def folder_source(
     Args:
         kind: Names the stream.
         root: The folder that the user named.
-        train: Training images, class by class.
-        test: Test images.
+        train: Training images.
+        test: Images that are not trained on.
         image_size: Height and width of the decoded images; ``None`` keeps them, if all agree.
         crop_margin: The short side is resized to ``image_size * crop_margin`` before the centre is cropped.
-        variant: What else chose the files.
+        variant: What else chose the files, as JSON can hold it.
         limit: What limited the lists.
     """
-    names = tuple(dict.fromkeys(file.class_name for file in train))
-    check_same_classes(names, tuple(dict.fromkeys(file.class_name for file in test)), str(root))
+    names = tuple(natural({file.class_name: None for file in train}))
+    check_same_classes(names, [file.class_name for file in test], str(root))
     files = [*train, *test]
     ids = {name: number for number, name in enumerate(names)}
     labels = np.array([ids[file.class_name] for file in files], dtype=np.int64)
-    fingerprints = [(os.path.relpath(file.path, root), file.num_bytes, file.mtime_ns) for file in files]
+    # a table may change what a file is taken for without touching it
+    fingerprints = [
+        (os.path.relpath(file.path, root), file.num_bytes, file.mtime_ns, file.class_name, row < len(train))
+        for row, file in enumerate(files)
+    ]
     read = partial(read_image, image_size=image_size, crop_margin=crop_margin)
     threads = _THREADS if sum(file.num_bytes for file in files) > _THREADED_BYTES * len(files) else 1
     plan = partial(_plan, [file.path for file in files], labels, len(train), names, read, threads)
@@ -158,7 +176,7 @@ def stream_of_files(
     options: TaskOptions,
     *,
     crop_margin: float = 1.0,
-    variant: float | None = None,
+    variant: Any = None,
 ) -> StreamBenchmark:
     """A stream over listed files; ``variant`` is whatever else chose them."""
     source, names = folder_source(
@@ -175,6 +193,43 @@ def stream_of_files(
     options.classes_per_task(len(names))
     benchmark = class_stream(name, load(source), options)
     benchmark.crop_margin = crop_margin
+    return benchmark
+
+
+def stream_of_tasks(
+    name: str,
+    root: Path,
+    files: Mapping[str, Sequence[ImageFile]],
+    tasks: Sequence[str],
+    options: TaskOptions,
+) -> StreamBenchmark:
+    """A stream over files that say their tasks.
+
+    Args:
+        name: Of the stream.
+        root: The folder or file that the user named.
+        files: ``train``, ``test`` and, where these are given, ``validation``.
+        tasks: All there are, in their order; each has images in ``train`` and in ``test``.
+        options: The user's.
+    """
+    tasks = tasks[: options.num_tasks_of(len(tasks), "tasks")]
+    ids = {task: number for number, task in enumerate(tasks)}
+    train, test, valid = (
+        limited([file for file in files.get(part, []) if file.task in ids], options.limit)
+        for part in ("train", "test", "validation")
+    )
+    source, _ = folder_source(
+        name,
+        root,
+        train,
+        [*test, *valid],
+        image_size=options.image_size,
+        variant=[options.test_fraction, len(tasks)],
+        limit=options.limit,
+    )
+    of_task = torch.tensor([ids[file.task] for file in (*train, *test, *valid)])
+    benchmark = task_stream(name, load(source), of_task, tasks, len(valid), options.validation)
+    benchmark.crop_margin = 1.0
     return benchmark
 
 

@@ -30,7 +30,7 @@ _SETTING = Column(
     "setting", "", "hash of the options of stream, network and shared training; runs compare within one"
 )
 _GUESSED_TASK = "share of images whose task is guessed right, where the run had --task_inference"
-_GUESSED_CLASS = "share of images whose guessed task and class are both right"
+_GUESSED_CLASS = "share of images whose class is right with the task guessed; tasks may share classes"
 _TRAINED = Column("trained_task", "", "the task trained last, counted from 0")
 _KEYS = (_STREAM, _STRATEGY, _SEED)
 _NLL = Column("nll", "nats", "mean negative log-likelihood of the members' mean probability")

@@ -128,7 +128,7 @@ def _tasks(
 
 def _find(given: Sequence[str]) -> Iterator[str]:
     """The image files that are named, and those in folders and below them, in the order of their names."""
-    from lifelong_ens.images import EXTENSIONS
+    from lifelong_ens.images import EXTENSIONS, find_images
 
     if not given:
         raise InputError("name image files, or folders of them.")
@@ -139,7 +139,7 @@ def _find(given: Sequence[str]) -> Iterator[str]:
                 raise InputError(f"there is no image {one}.")
             yield one
             continue
-        inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
+        inside = [file.path for file in find_images(path)]
         if not inside:
             raise InputError(f"{one} holds no images ({', '.join(EXTENSIONS)}).")
         yield from inside

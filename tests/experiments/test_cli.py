@@ -204,6 +204,10 @@ BAD = {
     "device": (["--device", "tpu"], "--device"),
     "no config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "no module": (["--strategies", "nowhere.at_all:f"], "nowhere.at_all"),
+    "no root": (
+        ["--stream", "image_folder"],
+        "image_folder needs --root; lifelong-ens list image_folder says",
+    ),
     "no such root": (["--stream", "image_folder", "--root", "nowhere"], "nowhere"),
     "stray word": (["digits"], "digits"),
     "patience without validation": (["--patience", "2"], "--validation"),

@@ -16,7 +16,7 @@ from PIL import Image
 from experiments.cli import main
 from experiments.export import task_names
 from lifelong_ens.serving import ServedModel
-from streams import split_cifar100, split_digits
+from streams import image_table, split_cifar100, split_digits
 
 
 def run(capsys, *arguments: object) -> str:
@@ -137,6 +137,7 @@ def test_names_of_tasks():
     same = [["0", "1"]] * 10
     assert task_names(same) == [f"{number:02d}" for number in range(1, 11)]
     assert task_names([["x" * 61], ["y"]]) == ["1", "2"]
+    assert task_names([["cat", "dog"]] * 2, ["day", "a/b"]) == ["day", "a_b"]
 
 
 @pytest.mark.data
@@ -150,6 +151,42 @@ def test_cifar100_as_files(unpacked, tmp_path, capsys):
     run(capsys, "export", record, "--out", tmp_path / "model")
     benchmark = split_cifar100(root=root, num_tasks=2, limit=20)
     check_against_the_run(capsys, tmp_path, record, benchmark, task_names(benchmark.class_names))
+
+
+def test_a_table_of_domains(tmp_path, capsys, monkeypatch):
+    """From a table to answers: tasks keep their names, labels theirs, and files are read as in training."""
+    monkeypatch.setenv("LIFELONG_ENS_CACHE", str(tmp_path / "cache"))
+    numbers = np.random.default_rng(0)
+    lines = ["path,label,task"]
+    for task, brightness in (("night", 20), ("day", 120)):
+        for label, more in (("cat", 0), ("dog", 80)):
+            for number in range(6):
+                shape = (int(numbers.integers(20, 60)), int(numbers.integers(20, 60)))
+                pixels = numbers.integers(0, 40, shape, dtype=np.uint8) + np.uint8(brightness + more)
+                name = f"{task}_{label}_{number}.png"
+                Image.fromarray(pixels).save(tmp_path / name)
+                lines.append(f"{name},{label},{task}")
+    (tmp_path / "my.csv").write_text("\n".join(lines))
+    options = ["--stream", "image_table", "--table", tmp_path / "my.csv", "--image_size", 16]
+    record = compared(
+        capsys, tmp_path / "runs", *options, "--strategies", "batch_ensemble", "--network", "mlp"
+    )
+    run(capsys, "export", record, "--out", tmp_path / "model")
+    model = ServedModel(tmp_path / "model")
+    assert set(model.tasks) == {"night", "day"}
+    benchmark = image_table(table=tmp_path / "my.csv", image_size=16)
+    measured = json.loads(record.read_text())["accuracy"][-1]
+    for task, name in enumerate(["night", "day"]):
+        assert model.labels(name) == ("cat", "dog")
+        data = benchmark.test_stream[task].dataset
+        x, y, _ = data.batch(torch.arange(2))
+        with torch.no_grad():
+            logits = model(x, name)
+        assert float((logits.argmax(-1) == y).double().mean()) == pytest.approx(measured[task])
+        pixels = [model.images.read(str(tmp_path / f"{name}_cat_{number}.png")) for number in range(6)]
+        cats = [i for i in range(len(data)) if y[i] == 0]
+        read = model.images.normalised(torch.from_numpy(np.stack(pixels)))
+        assert any(torch.equal(one, x[cats[0]]) for one in read)
 
 
 def test_a_folder_of_photographs(tmp_path, capsys):

@@ -80,6 +80,12 @@ def test_experiences(benchmark):
             assert isinstance(experience.dataset, StreamDataset)
 
 
+def test_tasks_share_classes_only_where_that_is_said():
+    data = [image_data(store(), range(10)), image_data(store(), range(9), num_classes=3)]
+    assert make_benchmark(data, data).classes == [[0, 1], [2, 3, 4]]
+    assert make_benchmark(data, data, classes=[[0, 1], [0, 1, 2]]).classes == [[0, 1], [0, 1, 2]]
+
+
 def test_without_validation_there_is_no_third_stream():
     data = [image_data(store(), range(10))]
     benchmark = make_benchmark(data, data)

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from lifelong_ens.errors import InputError
-from lifelong_ens.images import read_image
-from streams import image_folder, split_cifar100, split_imagenet, split_tiny_imagenet
+from streams import domain_folder, image_folder, split_cifar100, split_imagenet, split_tiny_imagenet
 
 
 def sizes(benchmark):
@@ -70,17 +69,97 @@ def test_original_tiny_imagenet_layout(class_folders, tmp_path):
         split_tiny_imagenet(root=root, num_tasks=2)
 
 
-def test_kinds_of_images_all_become_upright_rgb(tmp_path, write_image):
-    for mode, name in (("L", "a.png"), ("CMYK", "a.jpg"), ("P", "b.png"), ("RGBA", "c.png"), ("1", "d.png")):
-        write_image(tmp_path / name, 0, mode=mode)
-        assert read_image(str(tmp_path / name), None).shape == (3, 8, 8)
-    deep = (np.arange(64, dtype=np.uint16) * 1024).reshape(8, 8)
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert np.array_equal(read_image(str(tmp_path / "deep.png"), None)[0], deep >> 8)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(str(tmp_path / "turned.jpg"), None).shape == (3, 4, 2)
+def greys(benchmark, stream="train"):
+    """Of every task the grey of each image with the name of its class."""
+    tasks = []
+    for names, experience in zip(benchmark.class_names, benchmark.streams[stream], strict=True):
+        data = experience.dataset.image_data
+        shown = data.images[data.rows][:, 0, 4, 4].tolist()
+        tasks.append({(grey, names[label]) for grey, label in zip(shown, data.labels.tolist(), strict=True)})
+    return tasks
+
+
+def save_grey(path: Path, grey: int, size=(8, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, grey).save(path)
+
+
+def test_nested_folders_of_many_kinds_without_what_is_hidden(tmp_path):
+    root = tmp_path / "photos"
+    names = ["1.PNG", "2024/2.bmp", "2024/May/3.TIF", "4.png"]
+    for first, label in ((0, "cat"), (100, "dog")):
+        for number, name in enumerate(names, start=1):
+            save_grey(root / label / name, first + number, size=(8 + number, 20 - number))
+        for name in (".5.png", "__MACOSX/6.png", ".thumbnails/7.png", "Thumbs.db", "notes.txt"):
+            (root / label / name).parent.mkdir(exist_ok=True)
+            (root / label / name).write_bytes(b"no image")
+    (root / "__MACOSX" / "cat").mkdir(parents=True)
+    (root / ".hidden").mkdir()
+    benchmark = image_folder(root=root, num_tasks=1, image_size=8, test_fraction=0.25)
+    assert [len(part) for part in (*greys(benchmark), *greys(benchmark, "test"))] == [6, 2]
+    wanted = {(first + n, label) for first, label in ((0, "cat"), (100, "dog")) for n in range(1, 5)}
+    assert greys(benchmark)[0] | greys(benchmark, "test")[0] == wanted
+
+
+def test_class_ids_follow_numbers(tmp_path):
+    for label in (0, 1, 2, 10):
+        for n in range(2):
+            save_grey(tmp_path / "data" / str(label) / f"{n}.png", 20 * label)
+    benchmark = image_folder(root=tmp_path / "data", num_tasks=1, class_order=[0, 1, 2, 3])
+    assert benchmark.class_names == [["0", "1", "2", "10"]]
+    assert greys(benchmark) == [{(0, "0"), (20, "1"), (40, "2"), (200, "10")}]
+
+
+@pytest.fixture
+def domains(tmp_path):
+    """Three domains of two classes with four images each; an image's grey is 64 * domain + 10 * class + number."""
+    for d, domain in enumerate(("day 2", "day 10", "night")):
+        for c, label in enumerate(("cat", "dog")):
+            for n in range(4):
+                save_grey(tmp_path / "domains" / domain / label / f"sub{n}" / "a.png", 64 * d + 10 * c + n)
+    return tmp_path / "domains"
+
+
+def test_domains_are_tasks_of_the_same_classes(domains):
+    benchmark = domain_folder(root=domains, image_size=8, test_fraction=0.5, validation=0.4)
+    assert benchmark.task_names == ["day 2", "day 10", "night"]
+    assert benchmark.classes == [[0, 1]] * 3
+    assert benchmark.class_names == [["cat", "dog"]] * 3
+    parts = [greys(benchmark, name) for name in ("train", "valid", "test")]
+    assert [[len(task) for task in part] for part in parts] == [[2] * 3, [2] * 3, [4] * 3]
+    for d in range(3):
+        wanted = {(64 * d + 10 * c + n, label) for c, label in enumerate(("cat", "dog")) for n in range(4)}
+        assert set.union(*(part[d] for part in parts)) == wanted
+
+
+def test_domains_with_test_images_of_their_own(domains, tmp_path):
+    root = tmp_path / "both"
+    shutil.copytree(domains, root / "train")
+    shutil.move(domains, root / "val")
+    save_grey(root / "val/night/dog/b.png", 255)
+    benchmark = domain_folder(root=root, image_size=8, num_tasks=2, limit=3)
+    assert greys(benchmark) == greys(benchmark, "test")
+    assert greys(benchmark)[1] == {
+        (64 + 10 * c + n, label) for c, label in enumerate(("cat", "dog")) for n in range(3)
+    }
+    benchmark = domain_folder(root=root, image_size=8)
+    assert greys(benchmark, "test")[2] - greys(benchmark)[2] == {(255, "dog")}
+    shutil.rmtree(root / "val/night/dog")
+    with pytest.raises(InputError, match="domain night has no test image of class dog, which"):
+        domain_folder(root=root)
+
+
+def test_bad_domains_are_one_line(domains, class_folders):
+    shutil.move(domains / "night/dog", domains / "night/dogs")
+    with pytest.raises(
+        InputError, match=r"day 2 has no train image of class dogs, which night has; .*image_table"
+    ):
+        domain_folder(root=domains)
+    with pytest.raises(InputError, match=r"images/train/ant holds no class folders"):
+        domain_folder(root=class_folders)
+    shutil.move(domains / "night/dogs", domains / "night/dog")
+    with pytest.raises(InputError, match="num_tasks is 4 but there are 3 tasks"):
+        domain_folder(root=domains, num_tasks=4)
 
 
 def _empty_class(root: Path) -> None:
