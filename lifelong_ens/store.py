@@ -13,8 +13,9 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -185,6 +186,15 @@ def cache_folder() -> Path:
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "lifelong_ens"
+
+
+def natural(names: Iterable[str]) -> list[str]:
+    """Names sorted so that task 10 comes after task 9."""
+
+    def key(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+    return sorted(names, key=key)
 
 
 def _content_sha256(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:

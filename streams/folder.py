@@ -69,7 +69,7 @@ def domain_folder(
         image_size: Height and width: the short side is resized to it, then the centre is cropped.
         limit: Use at most this many training and test images per class of a domain.
     """
-    from lifelong_ens.serving.store import natural
+    from lifelong_ens.store import natural
     from streams.folders import require_folder, stream_of_tasks
     from streams.tasks import TaskOptions
 

@@ -16,7 +16,7 @@ import torch
 
 from lifelong_ens.errors import InputError
 from lifelong_ens.images import EXTENSIONS, find_images, is_hidden, read_image
-from lifelong_ens.serving.store import natural
+from lifelong_ens.store import natural
 from streams.cache import Source, load
 from streams.store import Plan
 from streams.tasks import TaskOptions, class_stream, hold_out, task_stream

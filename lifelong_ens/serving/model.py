@@ -19,7 +19,7 @@ from lifelong_ens.networks.member_body import MemberBody
 from lifelong_ens.networks.task import by_task
 from lifelong_ens.serving.description import BuildNetwork, ImageInput
 from lifelong_ens.serving.heads import SlotHeads
-from lifelong_ens.serving.store import Task, TaskStore, natural, version
+from lifelong_ens.serving.store import Task, TaskStore, version
 from lifelong_ens.serving.tensors import (
     base_tensors,
     check_members,
@@ -27,6 +27,7 @@ from lifelong_ens.serving.tensors import (
     named_banks,
     networks_of,
 )
+from lifelong_ens.store import natural
 from lifelong_ens.training.data import channels_last
 
 Tasks = str | int | Sequence[str] | Tensor

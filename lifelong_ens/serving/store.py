@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from lifelong_ens.errors import DamagedFileError, InputError, nearest
 from lifelong_ens.serving.description import Description
 from lifelong_ens.store import (
     map_tensors,
+    natural,
     read_json,
     read_labelled,
     tensors_sha256,
@@ -219,12 +220,3 @@ def version(path: str | os.PathLike[str]) -> Hashable:
     # what was changed just now may be changed again without a trace: it counts as new at every look
     fresh = now if abs(now - status.st_mtime_ns) < _TICK_NS else 0
     return status.st_ino, status.st_mtime_ns, status.st_size, fresh
-
-
-def natural(names: Iterable[str]) -> list[str]:
-    """Names sorted so that task 10 comes after task 9."""
-
-    def key(name: str) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-    return sorted(names, key=key)

@@ -19,8 +19,7 @@ from lifelong_ens.networks.batch_ensemble import BatchEnsembleNetwork
 from lifelong_ens.networks.plain import mlp, resnet18
 from lifelong_ens.networks.task import MultiHead
 from lifelong_ens.serving import ServedModel, Task, TaskStore, export_network
-from lifelong_ens.serving.store import natural
-from lifelong_ens.store import write_json, write_tensors
+from lifelong_ens.store import natural, write_json, write_tensors
 
 
 def test_numbers_in_names_count():
