@@ -8,7 +8,19 @@ import os
 import sys
 from collections.abc import Sequence
 
-from experiments.commands import bench, compare, ensemble, export, listing, predict, report, reproduce, tune
+from experiments.commands import (
+    bench,
+    compare,
+    ensemble,
+    export,
+    listing,
+    predict,
+    report,
+    reproduce,
+    tune,
+    watch,
+)
+from experiments.stopping import Stopping
 from lifelong_ens.errors import InputError, NonFiniteLossError
 
 COMMANDS = {
@@ -16,12 +28,14 @@ COMMANDS = {
     "tune": tune,
     "ensemble": ensemble,
     "reproduce": reproduce,
+    "watch": watch,
     "report": report,
     "export": export,
     "predict": predict,
     "list": listing,
     "bench": bench,
 }
+STOPPED = "stopped; the same command goes on after what is finished"
 EXAMPLES = """
 examples:
   lifelong-ens compare --stream split_digits --strategies finetune,batch_ensemble,pnn --seeds 3 --out results/d
@@ -29,13 +43,27 @@ examples:
   lifelong-ens list batch_ensemble
 
 exit codes:
-  0 done   2 input that cannot be used, said in one line   130 stopped by Ctrl-C; the same command goes on
+  0 done   2 input that cannot be used, said in one line
+  130 stopped by Ctrl-C, 143 by SIGTERM; the same command goes on. A second Ctrl-C stops at once.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for input that cannot be used, 130 when interrupted."""
-    parsed, rest = _parser().parse_known_args(arguments)
+    """Run a command; the exit code is 0, 2 for input that cannot be used, 130 or 143 when stopped by a signal."""
+    with Stopping() as stopping:
+        try:
+            parsed, rest = _parser().parse_known_args(arguments)
+            return _run(parsed, rest)
+        except KeyboardInterrupt as stop:
+            return _stopped(stopping, said=bool(stop.args))
+        except Exception:
+            # what a signal interrupts may turn it into an error of its own, an import above all
+            if stopping.signal is None:
+                raise
+            return _stopped(stopping)
+
+
+def _run(parsed: argparse.Namespace, rest: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("matplotlib", "PIL", "avalanche"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -49,9 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return _fail(f"{error.strerror or error}{where}; what was finished before is kept", parsed.debug)
-    except KeyboardInterrupt:
-        print("lifelong-ens: stopped; the same command goes on after what is finished", file=sys.stderr)
-        return 130
+
+
+def _stopped(stopping: Stopping, said: bool = False) -> int:
+    if not said:
+        print(STOPPED, file=sys.stderr)
+    stopping.leave()
+    return stopping.exit_code
 
 
 def _fail(message: str, debug: bool) -> int:

@@ -14,9 +14,11 @@ import torch
 from avalanche.benchmarks import CLScenario
 from avalanche.training.templates import SupervisedTemplate
 from torch import nn
-from tqdm import tqdm
 
-from experiments.run import Cell, Named, Run, check_writable, discard, finished_record, state_tuning
+from experiments.logs import RunLog, check_loggers
+from experiments.pace import Pace
+from experiments.progress import Display
+from experiments.run import Cell, Named, Progress, Run, check_writable, discard, finished_record, state_tuning
 from experiments.samples import keep_samples
 from experiments.unfinished import announce, note_finished, note_problem
 from lifelong_ens.accounting.meter import TrainingMeter
@@ -41,6 +43,7 @@ def compare(
     device: str = "auto",
     force: bool = False,
     progress: bool = True,
+    log_to: Sequence[str] = (),
 ) -> Report:
     """Run every strategy over the stream with every seed and report on all.
 
@@ -55,7 +58,8 @@ def compare(
             folder.
         device: ``auto``, or a torch device.
         force: Repeat runs whose records are there.
-        progress: Show a bar for every run.
+        progress: Show what runs: live in a terminal, elsewhere in the log, at its level INFO.
+        log_to: ``tensorboard`` (in ``OUT/tensorboard``), ``wandb`` or both.
 
     Raises:
         NonFiniteLossError: Some runs met a loss that is no number; raised after all others are done.
@@ -67,7 +71,7 @@ def compare(
         for name, build in strategies.items()
     ]
     make = stream if callable(stream) else lambda **_: stream
-    return run_cells(cells, make, out=out, device=device, force=force, progress=progress)
+    return run_cells(cells, make, out=out, device=device, force=force, progress=progress, log_to=log_to)
 
 
 def run_cells(
@@ -78,11 +82,12 @@ def run_cells(
     device: str = "auto",
     force: bool = False,
     progress: bool = True,
+    log_to: Sequence[str] = (),
 ) -> Report:
     """Run every cell that has no record yet, one after the other; see ``compare``."""
     if not cells:
         raise InputError("nothing to run: name at least one strategy and one seed.")
-    chosen = choose_device(device)
+    chosen, log_to = choose_device(device), check_loggers(log_to)
 
     @functools.lru_cache(maxsize=1)  # the strategies of a seed share its benchmark
     def benchmark_of(seed: int) -> CLScenario:
@@ -97,23 +102,30 @@ def run_cells(
             for cell, _ in cells:
                 discard(cell, folder)
         announce([cell for cell, _ in cells], folder)
-        for cell, build in cells:
-            try:
-                record = finished_record(cell, folder)
-                if record is not None:
-                    state_tuning(cell, record, folder)
-                else:
-                    _run(cell, benchmark_of(cell.seed), build, folder, chosen, progress)
-            except (NonFiniteLossError, UnfitNetworkError) as error:
-                problems.append((cell.strategy.name, error))
-                note_problem(cell, error, folder)
+        display = Display([cell for cell, _ in cells], folder, progress)
+        try:
+            for cell, build in cells:
+                problem = _run_or_skip(cell, benchmark_of, build, folder, chosen, display, log_to)
+                problems += [(cell.strategy.name, problem)] if problem else []
+        except KeyboardInterrupt as stop:
+            stop.args = (display.say_stopped(),)
+            if out is not None:
+                _write_report(folder)
+            raise
         report = Report.load(folder) if len(problems) < len(cells) else None
-        if report is not None and out is not None:
-            report.write(folder)
         if out is not None:
-            write_page([folder])
+            _write_report(folder, report)
     raise_or_warn(problems, stop=report is None)
     return report  # pyright: ignore[reportReturnType]
+
+
+def _write_report(folder: Path, report: Report | None = None) -> None:
+    """Tables and plots of what is finished, if anything is, and the page of all runs."""
+    if report is None and any((folder / "records").glob("*.json")):
+        report = Report.load(folder)
+    if report is not None:
+        report.write(folder)
+    write_page([folder])
 
 
 def raise_or_warn(problems: Sequence[tuple[str, InputError]], stop: bool) -> None:
@@ -154,40 +166,61 @@ def warm_up(device: torch.device) -> None:
         optimisation.step(network(torch.zeros(1, 1, 2, 2, device=device)).sum())
 
 
+def _run_or_skip(
+    cell: Cell,
+    benchmark_of: Callable[[int], CLScenario],
+    build: BuildStrategy,
+    folder: Path,
+    device: torch.device,
+    display: Display,
+    log_to: Sequence[str],
+) -> InputError | None:
+    """Run a cell unless it has its record; returns why it could not be run to its end."""
+    try:
+        record = finished_record(cell, folder)
+        if record is None:
+            record = _run(cell, benchmark_of(cell.seed), build, folder, device, display, log_to)
+        else:
+            state_tuning(cell, record, folder)
+        display.finished(cell, record)
+    except (NonFiniteLossError, UnfitNetworkError) as error:
+        note_problem(cell, error, folder)
+        display.failed(cell, error)
+        return error
+    return None
+
+
 def _run(
     cell: Cell,
     benchmark: CLScenario,
     build: BuildStrategy,
     folder: Path,
     device: torch.device,
-    progress: bool,
-) -> None:
+    display: Display,
+    log_to: Sequence[str],
+) -> dict[str, Any]:
     def build_here(seed: int) -> SupervisedTemplate:
         return build(**taken(build, {"device": device, "benchmark": benchmark, "seed": seed}))
 
     tests = [experience.dataset for experience in benchmark.streams["test"]]  # pyright: ignore
     keep_samples(tests, folder, cell.setting, cell.seed)
-    with tqdm(desc=cell.label(), unit="step", disable=None if progress else True, leave=False) as bar:
-        run = Run(cell, benchmark, build_here, folder, on_step=bar.update)
+    pace = Pace(cell)
+    with RunLog(log_to, cell, folder, pace) as told, display.running(cell, pace.status):
+
+        def on_task(measured: Progress) -> None:
+            pace.task()
+            told.task(measured)
+
+        run = Run(cell, benchmark, build_here, folder, pace.step, told.epoch, on_task)
         if isinstance(run.strategy, Strategy):
-            run.strategy.on_phase = bar.set_postfix_str
+            run.strategy.on_phase = pace.phase
         run.resume()
-        per_task = _steps_per_task(run)
-        bar.total = sum(per_task)
-        bar.update(sum(per_task[: len(run.progress.tasks)]))
+        pace.begin(run)
         record = run.execute()
     note_finished(cell, folder)
-    if progress:
+    if display.shown:
         _say(record, cell)
-
-
-def _steps_per_task(run: Run) -> list[int]:
-    """Training steps of every task, for the progress bar."""
-    strategy = run.strategy
-    lengths = [len(experience.dataset) for experience in run.experiences]  # pyright: ignore
-    if isinstance(strategy, Strategy):
-        return [strategy.steps_for(length, task) for task, length in enumerate(lengths)]
-    return [-(-length // strategy.train_mb_size) * strategy.train_epochs for length in lengths]
+    return record
 
 
 def _say(record: Mapping[str, Any], cell: Cell) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from experiments import catalogue
 from experiments.compare import BuildStrategy, run_cells, strategy_builder
+from experiments.logs import check_loggers
 from experiments.options import Owner, make_fit, of_owner, read_options
 from experiments.run import Cell, Named
 from lifelong_ens.errors import InputError
@@ -31,7 +32,7 @@ GENERAL = {
     "out": None,
     "device": "auto",
 }
-COMPARE = {"task_inference": "none", "evaluate": "new", "force": False, "tuning": None}
+COMPARE = {"task_inference": "none", "evaluate": "new", "force": False, "tuning": None, "log_to": None}
 # options of measuring, and what each may be
 MEASURED = {"task_inference": ("none", "entropy", "max_probability"), "evaluate": ("new", "all")}
 TUNE = {"trials": 20, "num_tasks_used": 3, "search": None}
@@ -96,10 +97,18 @@ class Plan:
     out: Path
     device: str
     force: bool
+    log_to: tuple[str, ...] = ()
 
     def run(self) -> Report:
         """Run what has no record yet and report on everything."""
-        return run_cells(self.cells, self.make_benchmark, out=self.out, device=self.device, force=self.force)
+        return run_cells(
+            self.cells,
+            self.make_benchmark,
+            out=self.out,
+            device=self.device,
+            force=self.force,
+            log_to=self.log_to,
+        )
 
 
 def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
@@ -122,7 +131,16 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
         for name in experiment.strategies
     ]
     out = Path(general["out"] or Path("results") / short(experiment.stream.name))
-    return Plan(cells, experiment.make_benchmark, out, str(general["device"]), bool(general["force"]))
+    log_to = general["log_to"] or ()
+    names = names_of("log_to", ",".join([log_to] if isinstance(log_to, str) else log_to)) if log_to else ()
+    return Plan(
+        cells,
+        experiment.make_benchmark,
+        out,
+        str(general["device"]),
+        bool(general["force"]),
+        check_loggers(names),
+    )
 
 
 def read_experiment(parsed: Mapping[str, Any], rest: Sequence[str]) -> Experiment:

@@ -133,6 +133,8 @@ class Run:
         build: Makes the strategy; called with torch seeded.
         out: Folder of ``records/`` and ``checkpoints/``.
         on_step: Called after every training step.
+        on_epoch: Called with the mean loss after every epoch.
+        on_task: Called when a task is finished, with what has been measured so far.
     """
 
     def __init__(
@@ -142,18 +144,21 @@ class Run:
         build: Build,
         out: Path,
         on_step: Callable[[], object] | None = None,
+        on_epoch: Callable[[float], object] | None = None,
+        on_task: Callable[[Progress], object] | None = None,
     ) -> None:
         self.cell, self.benchmark, self.out = cell, benchmark, out
         with _seeded(cell.seed):
             self.strategy = build(cell.seed)
         self.costs = metered(self.strategy)
-        self.costs.on_step = on_step
+        self.costs.on_step, self.costs.on_epoch, self.on_task = on_step, on_epoch, on_task
         self.experiences: list[CLExperience] = list(benchmark.streams["train"])
         self.tests: list[CLExperience] = list(benchmark.streams["test"])
         classes = getattr(benchmark, "classes", None)
         self.examination = Examination(self.tests, cell.task_inference, cell.evaluate, classes)
         self.progress = Progress(len(self.experiences))
         self.started = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.doing = ""  # beside training; for whoever looks on
 
     @property
     def record_path(self) -> Path:
@@ -183,6 +188,7 @@ class Run:
             raise NonFiniteLossError(
                 f"{self.cell.label()}: {error}; {done} finished tasks are kept, try a lower --learning_rate"
             ) from error
+        self.doing = "writing"
         record = self._record()
         write_json(self.record_path, record)
         return record
@@ -218,6 +224,7 @@ class Run:
             self.strategy.train(
                 experiences if len(experiences) > 1 else experiences[0], eval_streams=held_out
             )
+        self.doing = "evaluating"
         self.progress.task_labels += [label for one in experiences for label in one.task_labels]  # pyright: ignore
         entry = self._measure(task)
         state = self.checkpoints / f"task_{task + 1:04d}.safetensors"
@@ -227,6 +234,9 @@ class Run:
         entry["seconds_evaluation"] = self.progress.seconds_evaluation
         self.progress.tasks.append(entry)
         self._commit_checkpoint(state, state_digest)
+        self.doing = ""
+        if self.on_task is not None:
+            self.on_task(self.progress)
 
     def _measure(self, task: int) -> dict[str, Any]:
         """The ledger after a task; before anything is evaluated."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from experiments.run import Named
-from lifelong_ens.report.unfinished import FOLDER, SCHEMA
+from lifelong_ens.report.status import FOLDER, SCHEMA, Status, as_written
 from lifelong_ens.store import write_json
 
 
@@ -35,17 +35,31 @@ class AnyCell(Protocol):
         """The strategy or method and its options."""
         ...
 
+    def label(self) -> str:
+        """For people."""
+        ...
+
 
 def announce(cells: Iterable[AnyCell], out: Path) -> None:
     """Write down what is going to run; what has a record is left out."""
     for cell in cells:
-        if not (out / "records" / f"{cell.key}.json").exists():
-            _write(cell, None, out)
+        if not has_record(cell, out):
+            _write(cell, out)
+
+
+def has_record(cell: AnyCell, out: Path) -> bool:
+    """Whether a cell was run before."""
+    return (out / "records" / f"{cell.key}.json").exists()
+
+
+def note_status(cell: AnyCell, status: Status, out: Path) -> None:
+    """Write down how far a cell is, for ``watch`` and for a page that is made meanwhile."""
+    _write(cell, out, status=as_written(status))
 
 
 def note_problem(cell: AnyCell, problem: Exception, out: Path) -> None:
     """Write down why a cell did not finish."""
-    _write(cell, str(problem), out)
+    _write(cell, out, problem=str(problem))
 
 
 def note_finished(cell: AnyCell, out: Path) -> None:
@@ -55,6 +69,8 @@ def note_finished(cell: AnyCell, out: Path) -> None:
         (out / FOLDER).rmdir()
 
 
-def _write(cell: AnyCell, problem: str | None, out: Path) -> None:
-    about = {"setting": cell.setting, "seed": cell.seed, "problem": problem}
+def _write(
+    cell: AnyCell, out: Path, problem: str | None = None, status: dict[str, Any] | None = None
+) -> None:
+    about = {"setting": cell.setting, "seed": cell.seed, "problem": problem, "status": status}
     write_json(out / FOLDER / f"{cell.key}.json", {"schema": SCHEMA, **cell.named.as_dict(), **about})

@@ -49,6 +49,7 @@ class Strategy(SupervisedTemplate):
     Attributes:
         meter: What training has cost so far.
         on_step: Called after every training step.
+        on_epoch: Called with the mean loss after every epoch.
         on_phase: Called with a few words, such as ``trial 3/20``, when a part of a task's training begins.
         extra_rows: How many rows a step passes forward and backward beside its mini-batch, for the meter.
         epoch_loss: Mean training loss of the last epoch.
@@ -100,6 +101,7 @@ class Strategy(SupervisedTemplate):
         self.overrides = {"fast_weights": {"weight_decay": 0.0}, **(overrides or {})}
         self.meter = TrainingMeter()
         self.on_step: Callable[[], object] | None = None
+        self.on_epoch: Callable[[float], object] | None = None
         self.on_phase: Callable[[str], object] | None = None
         self.extra_rows = 0
         self.epoch_loss = math.nan
@@ -131,6 +133,12 @@ class Strategy(SupervisedTemplate):
         """
         return math.ceil(images / self.fit.batch_size) * self.fit.epochs
 
+    @property
+    def newest_loss(self) -> float | None:
+        """The loss of the last step; reading it waits for the device. None before the first step of an epoch."""
+        losses = self._losses
+        return float(losses[-1]) if losses else None
+
     def penalty(self) -> Tensor | None:
         """What a method adds to the loss of ``mbatch``, whose forward pass has been done; nothing here."""
 
@@ -160,7 +168,7 @@ class Strategy(SupervisedTemplate):
 
     def training_epoch(self, **kwargs: Any) -> None:
         """One pass: tight where no plugin looks at iterations, through Avalanche's callbacks where one does."""
-        loader = self.dataloader
+        loader, self._losses = self.dataloader, []
         self._task_label = loader.task_label if isinstance(loader, BatchLoader) else None
         try:
             # closing: when a step fails, the meter's with-blocks inside the generator end here and now
@@ -168,13 +176,15 @@ class Strategy(SupervisedTemplate):
                 if self._iteration_plugins() or not isinstance(loader, BatchLoader):
                     self._epoch_with_callbacks(batches, **kwargs)
                 else:
-                    self.epoch_loss = run_epoch(batches, self._loss_of, self.optimisation)
+                    self.epoch_loss = run_epoch(batches, self._loss_of, self.optimisation, self._losses)
         except NonFiniteLossError as error:
             task, epoch = self.network.num_tasks, self.clock.train_exp_epochs + 1
             raise NonFiniteLossError(f"{error}, epoch {epoch}, task {task}") from error
+        if self.on_epoch is not None:
+            self.on_epoch(self.epoch_loss)
 
     def _epoch_with_callbacks(self, batches: Iterator[Batch], **kwargs: Any) -> None:
-        loader, self._losses = self.dataloader, []
+        loader = self.dataloader
         self.dataloader = batches
         try:
             super().training_epoch(**kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -33,8 +34,16 @@ class CostPlugin(SupervisedPlugin):
         super().__init__()
         self.meter = TrainingMeter()
         self.on_step: Callable[[], object] | None = None
+        self.on_epoch: Callable[[float], object] | None = None
+        self._losses: list[float] = []
         self._timing = ExitStack()
         self._measuring = ExitStack()
+
+    @property
+    def newest_loss(self) -> float | None:
+        """The loss of the last step; None before the first of an epoch."""
+        losses = self._losses
+        return losses[-1] if losses else None
 
     def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -57,8 +66,18 @@ class CostPlugin(SupervisedPlugin):
             raise NonFiniteLossError(
                 f"the loss is {loss} at step {step + 1}, epoch {epoch + 1}, task {task + 1}"
             )
+        self._losses.append(loss)
         if self.on_step is not None:
             self.on_step()
+
+    def before_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Forget the losses of the epoch before."""
+        self._losses = []
+
+    def after_training_epoch(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Tell the mean loss."""
+        if self.on_epoch is not None and self._losses:
+            self.on_epoch(fmean(self._losses))
 
     def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Stop the clock."""

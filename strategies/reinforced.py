@@ -152,7 +152,7 @@ class Rcl(Strategy):
         best: tuple[float, list[int], dict[str, Tensor]] | None = None
         for trial in range(self.search.trials):
             if self.on_phase is not None:
-                self.on_phase(f"task {self.network.num_tasks}, trial {trial + 1}/{self.search.trials}")
+                self.on_phase(f"trial {trial + 1}/{self.search.trials}")
             units = controller.sample()
             reward = self.run_trial(units, validation)
             controller.learn(units, reward)

@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WHAT",
         help="asked after a task where earlier answers cannot change: new, the task alone, or all (default: new)",
     )
+    parser.add_argument(
+        "--log_to",
+        action="append",
+        metavar="LOGGER",
+        help="also log to tensorboard (OUT/tensorboard) or wandb; may be repeated, or joined by commas",
+    )
     add_force(parser)
 
 

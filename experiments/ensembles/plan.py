@@ -19,7 +19,9 @@ from experiments.ensembles.evaluation import Protocol, check_protocol
 from experiments.ensembles.reproduction import EnsembleReproduction
 from experiments.ensembles.run import EnsembleCell, discard, finished_record, protocol_dict, run_cell
 from experiments.options import Owner, make_fit, of_owner, read_options
+from experiments.pace import EnsemblePace
 from experiments.plan import FIT_OWNER, first_given, names_of, parse_seeds, read_config, short
+from experiments.progress import Display
 from experiments.run import Named, check_writable
 from experiments.samples import keep_samples
 from experiments.unfinished import announce, note_finished, note_problem
@@ -103,35 +105,54 @@ class EnsemblePlan:
         announce([cell for cell, _ in self.cells], self.out)
         first = self.cells[0][0]
         keep_samples([images.test], self.out, first.setting, first.seed)
-        for cell, function in self.cells:
-            if finished_record(cell, wanted, self.out) is not None:
-                continue
-            try:
-                record = run_cell(
-                    cell,
-                    function,
-                    build,
-                    images,
-                    self.protocol,
-                    out=self.out,
-                    device=device,
-                    progress=progress,
-                )
-            except NonFiniteLossError as error:
-                told = f"{cell.label()}: {error}; the others are kept, try a lower --learning_rate"
-                problems.append((cell.label(), NonFiniteLossError(told)))
-                note_problem(cell, error, self.out)
-            except UnfitNetworkError as error:
-                problems.append((cell.label(), error))
-                note_problem(cell, error, self.out)
-            else:
-                note_finished(cell, self.out)
-                _say(record, cell)
+        display = Display([cell for cell, _ in self.cells], self.out, progress)
+        try:
+            for cell, function in self.cells:
+                record = finished_record(cell, wanted, self.out)
+                try:
+                    if record is None:
+                        record = self._run(cell, function, build, images, device, display)
+                    display.finished(cell, record)
+                except NonFiniteLossError as error:
+                    told = f"{cell.label()}: {error}; the others are kept, try a lower --learning_rate"
+                    problems.append((cell.label(), NonFiniteLossError(told)))
+                    note_problem(cell, error, self.out)
+                    display.failed(cell, error)
+                except UnfitNetworkError as error:
+                    problems.append((cell.label(), error))
+                    note_problem(cell, error, self.out)
+                    display.failed(cell, error)
+        except KeyboardInterrupt as stop:
+            stop.args = (display.say_stopped(),)
+            if any((self.out / "records").glob("*.json")):
+                EnsembleReport.load(self.out).write(self.out)
+            write_page([self.out])
+            raise
         write_page([self.out])
         raise_or_warn(problems, stop=len(problems) == len(self.cells))
         report = EnsembleReport.load(self.out)
         report.write(self.out)
         return report
+
+    def _run(
+        self,
+        cell: EnsembleCell,
+        function: Callable[..., Ensemble],
+        build: Callable[[], nn.Module],
+        images: Images,
+        device: torch.device,
+        display: Display,
+    ) -> dict[str, Any]:
+        batch_size = int(cell.method.options.get("batch_size", cell.fit.batch_size))
+        pace = EnsemblePace(cell, len(images.train), batch_size, device)
+        with display.running(cell, pace.status):
+            record = run_cell(
+                cell, function, build, images, self.protocol, out=self.out, device=device, pace=pace
+            )
+        note_finished(cell, self.out)
+        if display.shown:
+            _say(record, cell)
+        return record
 
     def _images(self) -> Images:
         cell = self.cells[0][0]

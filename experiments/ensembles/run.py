@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from experiments.ensembles.data import Images
 from experiments.ensembles.evaluation import Protocol, evaluate
+from experiments.pace import EnsemblePace
 from experiments.run import PACKAGES, Named, commit_here, device_name, digest
 from lifelong_ens.ensembles.ensemble import Ensemble
 from lifelong_ens.errors import DamagedFileError, InputError
@@ -86,15 +86,16 @@ def run_cell(
     *,
     out: Path,
     device: torch.device,
-    progress: bool = True,
+    pace: EnsemblePace,
 ) -> dict[str, Any]:
     """Train what is not there yet, measure it, write and return the record."""
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
     folder = out / "models" / cell.key
     ensemble = _trained(folder, build_network, device)
     if ensemble is None:
-        ensemble = _fit(cell, function, build_network, images, device, progress)
+        ensemble = _fit(cell, function, build_network, images, device, pace)
         ensemble.save(folder)
+    pace.measuring = True
     record = {
         "schema": SCHEMA,
         "data": {
@@ -177,43 +178,20 @@ def _fit(
     build_network: Callable[[], nn.Module],
     images: Images,
     device: torch.device,
-    progress: bool,
+    pace: EnsemblePace,
 ) -> Ensemble:
-    with _Bar(f"seed {cell.seed}", progress) as bar:
-        names = inspect.signature(function).parameters
-        own = {name: value for name, value in cell.method.options.items() if name in names}
-        training = {name: value for name, value in cell.method.options.items() if name not in names}
-        members = {"num_members": cell.num_members} if "num_members" in names else {}
-        return function(
-            build_network,
-            images.train,
-            images.validation,
-            **members,
-            fit=Fit(**{**asdict(cell.fit), **training}),
-            seed=cell.seed,
-            device=device,
-            progress=bar.phase,
-            **own,
-        )
-
-
-class _Bar:
-    """A progress bar for each phase of a training, one at a time."""
-
-    def __init__(self, suffix: str, shown: bool) -> None:
-        self.suffix, self.shown = suffix, shown
-        self.bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def phase(self, label: str, steps: int) -> Callable[[], object]:
-        """Begin a bar of so many steps."""
-        self.__exit__()
-        disable = None if self.shown else True
-        self.bar = tqdm(desc=f"{label} {self.suffix}", total=steps, unit="step", disable=disable, leave=False)
-        return self.bar.update
+    names = inspect.signature(function).parameters
+    own = {name: value for name, value in cell.method.options.items() if name in names}
+    training = {name: value for name, value in cell.method.options.items() if name not in names}
+    members = {"num_members": cell.num_members} if "num_members" in names else {}
+    return function(
+        build_network,
+        images.train,
+        images.validation,
+        **members,
+        fit=Fit(**{**asdict(cell.fit), **training}),
+        seed=cell.seed,
+        device=device,
+        progress=pace.phase,
+        **own,
+    )

@@ -19,6 +19,7 @@ class TrainingMeter:
     measured step and the number of rows give the whole, without slowing down the others.
 
     Attributes:
+        rows: Trained so far by this process.
         flops: Training FLOPs so far, rank-1 products included.
         flops_rank1: The part of ``flops`` that is rank-1 products and their gradients.
         saved_bytes: Most bytes that a measured step kept for its backward pass, the weights left out.
@@ -27,7 +28,7 @@ class TrainingMeter:
 
     def __init__(self) -> None:
         self.flops = self.flops_rank1 = 0.0
-        self.saved_bytes = 0
+        self.rows = self.saved_bytes = 0
         self.seconds = 0.0
         self._per_row: tuple[float, float] | None = None
 
@@ -58,6 +59,7 @@ class TrainingMeter:
         """So many rows were trained, the measured step's included."""
         if self._per_row is None:
             raise RuntimeError("TrainingMeter.count: measure a step of this phase first.")
+        self.rows += rows
         self.flops += self._per_row[0] * rows
         self.flops_rank1 += self._per_row[1] * rows
 

@@ -1,17 +1,12 @@
-"""Runs of a folder that have no record: not started, stopped on their way, or failed."""
+"""Runs of a folder that have no record: not started, still running, stopped on their way, or failed."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lifelong_ens.errors import DamagedFileError
-from lifelong_ens.store import read_json
-
-FOLDER = "unfinished"
-SCHEMA = 1
+from lifelong_ens.report.status import FOLDER, read_about, status_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +16,7 @@ class Unfinished:
     Attributes:
         label: The strategy or method with its options and seed, or the name of the run's files.
         setting: What it would have been compared with; empty where that is not known.
-        state: ``failed``, ``partial`` or ``missing``.
+        state: ``failed``, ``running``, ``partial`` or ``missing``.
         reason: In words.
     """
 
@@ -41,31 +36,31 @@ def find_unfinished(out: str | os.PathLike[str]) -> list[Unfinished]:
 
 
 def _unfinished(folder: Path, key: str) -> Unfinished:
-    about = _read(folder / FOLDER / f"{key}.json")
+    about = read_about(folder / FOLDER / f"{key}.json")
     options = ", ".join(f"{name}={value}" for name, value in (about.get("options") or {}).items())
     named = f"{about['name']}({options})" if options else about.get("name", key)
     label = f"{named}, seed {about['seed']}" if "seed" in about else key
-    reached = _reached(folder / "checkpoints" / key)
-    if about.get("problem"):
-        return Unfinished(label, about.get("setting", ""), "failed", str(about["problem"]))
-    if reached:
-        return Unfinished(label, about.get("setting", ""), "partial", f"stopped after {reached}")
-    return Unfinished(label, about.get("setting", ""), "missing", "did not finish a task")
+    state, reason = _state(folder, key, about)
+    return Unfinished(label, about.get("setting", ""), state, reason)
 
 
-def _reached(checkpoints: Path) -> str:
-    """How far the newest checkpoint is; empty if there is none."""
-    for path in sorted(checkpoints.glob("task_*.json"), reverse=True):
-        progress = _read(path).get("progress", {})
+def _state(folder: Path, key: str, about: dict) -> tuple[str, str]:
+    """How it stands with a run, in a word and in words."""
+    status, done = status_of(about), reached(folder, key)
+    if status.state == "failed":
+        return "failed", status.reason
+    kept = f"{done} are kept" if done else "no task is finished"
+    if status.state == "running":
+        return "running", f"was in {status.where() or 'its beginning'} when this was written; {kept}"
+    if status.state == "stopped" and status.where():
+        return "partial" if done else "missing", f"stopped in {status.where()}; {kept}"
+    return ("partial", f"stopped after {done}") if done else ("missing", "did not finish a task")
+
+
+def reached(folder: Path, key: str) -> str:
+    """How far the newest checkpoint of a run is, ``2 of 5 tasks``; empty if there is none."""
+    for path in sorted((folder / "checkpoints" / key).glob("task_*.json"), reverse=True):
+        progress = read_about(path).get("progress", {})
         if progress:
             return f"{len(progress.get('tasks', []))} of {progress.get('num_tasks', '?')} tasks"
     return ""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What stands in a file; nothing where there is none or it cannot be read."""
-    try:
-        found = read_json(path)
-    except (DamagedFileError, FileNotFoundError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -90,15 +90,24 @@ def _factor(fit: Fit, total: int, warmup: int) -> Callable[[int], float]:
 
 
 def run_epoch(
-    batches: Iterable[Batch], compute_loss: Callable[[Batch], Tensor], optimisation: Optimisation
+    batches: Iterable[Batch],
+    compute_loss: Callable[[Batch], Tensor],
+    optimisation: Optimisation,
+    losses: list[Tensor] | None = None,
 ) -> float:
     """One pass over the batches, a step for each; returns the mean loss.
+
+    Args:
+        batches: What the steps are made on.
+        compute_loss: The loss of one of them.
+        optimisation: What moves the parameters.
+        losses: An empty list that is to have the losses so far, for whoever looks on.
 
     Raises:
         NonFiniteLossError: A loss was NaN or infinite; found at the end of the pass, so as not to wait for
             the device at every step.
     """
-    losses = []
+    losses = [] if losses is None else losses
     for batch in batches:
         loss = compute_loss(batch)
         optimisation.step(loss)
