@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from experiments.commands import (
     bench,
     compare,
+    completion,
+    doctor,
     ensemble,
     export,
     listing,
+    new,
     predict,
     report,
     reproduce,
@@ -34,6 +37,9 @@ COMMANDS = {
     "predict": predict,
     "list": listing,
     "bench": bench,
+    "new": new,
+    "doctor": doctor,
+    "completion": completion,
 }
 STOPPED = "stopped; the same command goes on after what is finished"
 EXAMPLES = """
@@ -43,16 +49,16 @@ examples:
   lifelong-ens list batch_ensemble
 
 exit codes:
-  0 done   2 input that cannot be used, said in one line
+  0 done   1 doctor found that something is missing   2 input that cannot be used, said in one line
   130 stopped by Ctrl-C, 143 by SIGTERM; the same command goes on. A second Ctrl-C stops at once.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for input that cannot be used, 130 or 143 when stopped by a signal."""
+    """Run a command; the exit code is 0, or one of those in ``EXAMPLES``."""
     with Stopping() as stopping:
         try:
-            parsed, rest = _parser().parse_known_args(arguments)
+            parsed, rest = make_parser().parse_known_args(arguments)
             return _run(parsed, rest)
         except KeyboardInterrupt as stop:
             return _stopped(stopping, said=bool(stop.args))
@@ -93,7 +99,8 @@ def _fail(message: str, debug: bool) -> int:
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Of all commands; what it leaves over are options of what is named, see ``experiments.options``."""
     parser = argparse.ArgumentParser(
         prog="lifelong-ens",
         description="Lifelong learning and efficient ensembles, with what they cost.",

@@ -77,11 +77,16 @@ def write_tensors(
     The file carries a hash of its own content, checked by every :func:`read_tensors`. Tensors may be on any
     device, strided, or share memory; each is written whole. The file is built in memory first.
     """
+    return write_bytes(path, tensors_file(tensors, metadata))
+
+
+def tensors_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> bytes:
+    """What :func:`write_tensors` writes."""
     from safetensors.torch import save
 
     about = json.loads(_canonical(_nan_to_none(metadata or {})))  # as a reader will see it
     label = _canonical({"content_sha256": _content_sha256(tensors, about), "metadata": about})
-    return write_bytes(path, save(_separate(tensors), {_METADATA: label}))
+    return save(_separate(tensors), {_METADATA: label})
 
 
 def read_tensors(

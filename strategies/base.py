@@ -50,6 +50,8 @@ class Strategy(SupervisedTemplate):
         meter: What training has cost so far.
         on_step: Called after every training step.
         on_epoch: Called with the mean loss after every epoch.
+        skip_step: For a look ahead: asked before every step but the first of a phase, with its position in the pass
+            over the images; True leaves the step out and counts its rows, as if it had been done.
         on_phase: Called with a few words, such as ``trial 3/20``, when a part of a task's training begins.
         extra_rows: How many rows a step passes forward and backward beside its mini-batch, for the meter.
         epoch_loss: Mean training loss of the last epoch.
@@ -103,6 +105,7 @@ class Strategy(SupervisedTemplate):
         self.on_step: Callable[[], object] | None = None
         self.on_epoch: Callable[[float], object] | None = None
         self.on_phase: Callable[[str], object] | None = None
+        self.skip_step: Callable[[int], bool] | None = None
         self.extra_rows = 0
         self.epoch_loss = math.nan
         self._losses: list[Tensor] = []
@@ -138,6 +141,9 @@ class Strategy(SupervisedTemplate):
         """The loss of the last step; reading it waits for the device. None before the first step of an epoch."""
         losses = self._losses
         return float(losses[-1]) if losses else None
+
+    def grows_by_learning(self) -> str | None:
+        """Why nobody knows the network's size before it is trained, in a few words; None where its tasks tell."""
 
     def penalty(self) -> Tensor | None:
         """What a method adds to the loss of ``mbatch``, whose forward pass has been done; nothing here."""
@@ -293,17 +299,25 @@ class Strategy(SupervisedTemplate):
         loss, penalty = member_loss(logits, labels), self.penalty()
         return loss if penalty is None else loss + penalty
 
-    def counted(self, batches: Any) -> Generator[Batch, None, None]:
-        """The batches, their rows counted; what is done with the first of a phase runs under the meter."""
-        for batch in batches:
+    def counted(self, batches: Any, saved: bool = True) -> Generator[Batch, None, None]:
+        """The batches, their rows counted; what is done with the first of a phase runs under the meter.
+
+        Args:
+            batches: Images, labels and what else belongs to them.
+            saved: As in ``TrainingMeter.measure``.
+        """
+        for position, batch in enumerate(batches):
             rows = len(batch[1]) + self.extra_rows
-            if self.meter.measured:
-                yield batch
-            else:
+            if not self.meter.measured:
                 # what is compiled cannot be counted
                 eager = torch.compiler.set_stance("force_eager") if self.fit.compile else nullcontext()
-                with self.meter.measure(self.network, rows), eager:
+                with self.meter.measure(self.network, rows, saved), eager:
                     yield batch
+            elif self.skip_step is None or not self.skip_step(position):
+                yield batch
+            else:
+                self.meter.count(rows)
+                continue
             self.meter.count(rows)
             if self.on_step is not None:
                 self.on_step()

@@ -187,6 +187,10 @@ class Den(Strategy):
         epochs = self.selection_epochs + self.fit.epochs + 2 * self.growth_epochs
         return math.ceil(images / self.train_mb_size) * epochs
 
+    def grows_by_learning(self) -> str | None:
+        """See ``Strategy.grows_by_learning``."""
+        return "a task adds units where its loss stays high and splits those that drift"
+
     def check_model_and_optimizer(self, **kwargs: object) -> None:  # pyright: ignore
         """As in ``Strategy``.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -252,14 +253,9 @@ class ElasticWeightConsolidation(AnchoredStrategy):
         images = 0
         squares = vmap(grad(self._image_loss), in_dims=(None, 0, 0, None))
         self.meter.new_phase()
-        with evaluating(network):
-            for x, y, task in self._chunks(max(CHUNK // max(len(total), 1), 1)):
-                measured = (
-                    nullcontext() if self.meter.measured else self.meter.measure(network, len(y), saved=False)
-                )
-                with measured:
-                    gradients = squares(weights, x, y, task)
-                self.meter.count(len(y))
+        with evaluating(network), closing(self.counted(self._chunks(), saved=False)) as chunks:
+            for x, y, task in chunks:
+                gradients = squares(weights, x, y, task)  # pyright: ignore[reportArgumentType]
                 total += torch.cat([gradients[name].square().sum(dim=0).flatten() for name in weights])
                 images += len(y)
         return total / images
@@ -268,13 +264,23 @@ class ElasticWeightConsolidation(AnchoredStrategy):
         logits = functional_call(self.network, dict(weights), (x.unsqueeze(0), task))
         return F.cross_entropy(logits.float(), y.unsqueeze(0))
 
-    def _chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor, int]]:
+    def steps_for(self, images: int, task: int = 0) -> int:
+        """See ``Strategy.steps_for``; with those of the Fisher information."""
+        drawn = min(images, self.fisher_images)
+        return super().steps_for(images, task) + math.ceil(drawn / self._chunk_rows())
+
+    def _chunk_rows(self) -> int:
+        """Images whose gradients are taken at once."""
+        weights = max(len(self.network.anchor.importance), 1)
+        return min(max(CHUNK // weights, 1), self.train_mb_size)
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Images, labels and the network's task, of images drawn from the experience."""
         dataset: Any = self.experience.dataset  # pyright: ignore
         generator = torch.Generator().manual_seed(self._task_seed(self.network.num_tasks) + 2)
         drawn = torch.randperm(len(dataset), generator=generator)[: self.fisher_images]
         for x, y, *_, labels in evaluation_batches(
-            dataset.subset(drawn.tolist()), min(size, self.train_mb_size), self.device
+            dataset.subset(drawn.tolist()), self._chunk_rows(), self.device
         ):
             tasks = task_indices(labels, self.model.tasks)  # pyright: ignore
             for task in tasks.unique().tolist():

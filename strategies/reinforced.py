@@ -136,6 +136,10 @@ class Rcl(Strategy):
             return super().steps_for(images, task)
         return self.search.trials * super().steps_for(images - math.ceil(self.search.holdout * images))
 
+    def grows_by_learning(self) -> str | None:
+        """See ``Strategy.grows_by_learning``."""
+        return "a controller finds how many units each task adds"
+
     def fit_task(self, validation: Sequence[CLExperience]) -> None:
         """Train the first task, search for the units of every other one."""
         if not validation and self.search.holdout == 0:

@@ -122,6 +122,10 @@ class StructuredEnsemble(Strategy):
             self.mask_epochs + 1
         )
 
+    def grows_by_learning(self) -> str | None:
+        """See ``Strategy.grows_by_learning``."""
+        return "layers are widened by what tasks leave free" if self.network.grow else None
+
     def fit_task(self, validation: Sequence[CLExperience]) -> None:
         """Learn the scales, choose the task's units, train them."""
         network = self.network

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import catalogue
-from experiments.commands.shared import add_experiment, add_force, show
+from experiments.commands.shared import add_dry_run, add_experiment, add_force, show
 
 HELP = "run strategies over a stream and report"
 EXAMPLES = """
 examples:
   lifelong-ens compare --stream split_digits --strategies finetune,batch_ensemble,pnn --seeds 3 --out results/d
   lifelong-ens compare --stream split_cifar100 --root data --num_tasks 10 --network lenet5 --epochs 20
-  lifelong-ens compare --config experiment.yaml --strategies my_module:my_strategy"""
+  lifelong-ens compare --config experiment.yaml --strategies my_module:my_strategy --dry_run"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,13 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also log to tensorboard (OUT/tensorboard) or wandb; may be repeated, or joined by commas",
     )
     add_force(parser)
+    add_dry_run(parser)
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Run what has no record yet and print the headline."""
+    """Run what has no record yet and print the headline; in a dry run, print the plan."""
     from experiments.plan import plan_comparison
 
     plan = plan_comparison(vars(parsed), rest)
+    if parsed.dry_run:
+        from experiments.dry_run import dry_run
+
+        print(dry_run(plan))
+        return
     show(plan.run(), plan.out)
 
 

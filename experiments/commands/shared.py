@@ -34,6 +34,15 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Of commands that can say what they are going to do."""
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print what would be run and what it would cost; nothing is written",
+    )
+
+
 def add_experiment(parser: argparse.ArgumentParser) -> None:
     """What ``compare`` and ``tune`` are about."""
     add_config(parser)

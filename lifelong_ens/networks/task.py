@@ -167,11 +167,11 @@ class Heads(nn.ModuleList):
     component = "head"
 
     def add(self, num_features: int, num_classes: int) -> None:
-        """Append a classifier."""
-        self.append(nn.Linear(num_features, num_classes))
+        """Append a classifier; it stays in evaluation mode, in which a linear layer does the same."""
+        self.append(nn.Linear(num_features, num_classes).eval())
 
     def train(self, mode: bool = True) -> Self:
-        """Linear layers do the same in every mode: they are not walked over, for there may be thousands."""
+        """The mode of the list alone: its classifiers are not walked over, for there may be thousands."""
         self.training = mode
         return self
 

@@ -159,7 +159,7 @@ def test_help_and_list_load_neither_torch_nor_avalanche(arguments):
     code = (
         "import sys\nfrom experiments.cli import COMMANDS, main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
-        "print(sorted({'torch', 'avalanche', 'pandas', 'matplotlib', 'sklearn', 'optuna'} & set(sys.modules)))"
+        "print(sorted({'torch', 'avalanche', 'pandas', 'matplotlib', 'sklearn', 'optuna', 'shtab'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "[]"

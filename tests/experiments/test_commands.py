@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from experiments.cli import _parser
+from experiments.cli import make_parser
 from experiments.ensembles.plan import plan_ensembles
 from experiments.plan import plan_comparison
 from experiments.run import Cell, Named
@@ -17,7 +17,7 @@ from lifelong_ens.report.page.command import compare_commands, ensemble_commands
 def parsed(command: str):
     words = shlex.split(command.replace("\\\n", " "))
     assert words[0] == "lifelong-ens"
-    options, rest = _parser().parse_known_args(words[1:])
+    options, rest = make_parser().parse_known_args(words[1:])
     return vars(options), rest
 
 
