@@ -41,6 +41,7 @@ EXPECTED: dict[str, tuple[tuple[str, ...], ...]] = {
     "split_tiny_imagenet": (("tiny-imagenet-200/train", "tiny-imagenet-200/val"), *_CLASSES_VAL),
     "split_imagenet": _CLASSES_VAL,
     "image_folder": (*_CLASSES, *_CLASSES_VAL),
+    "domain_folder": (*_CLASSES, *_CLASSES_VAL),
 }
 # torch in a process of its own: a broken one may not only raise but take the process down
 PROBE = """

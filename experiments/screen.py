@@ -87,7 +87,7 @@ def drawn(shown: Sequence[Status], statuses: Sequence[Status], height: int | Non
         first = name == "run"
         table.add_column(no_wrap=True, overflow="ellipsis", justify="left" if first or not name else "right")
     table.columns[0].ratio = 1
-    table.columns[1].max_width = 12
+    table.columns[1].max_width = 17
     table.add_row(*(Text(name, style="dim") for name in COLUMNS))
     for one in ordered[:fit]:
         table.add_row(*_row(one), style=COLOURS.get(one.state, ""))

@@ -224,7 +224,7 @@ _NOTES = """\
 
 def _row(group: Any, single: Any) -> dict[str, str]:
     def values(name: str) -> list[float]:
-        return [float(value) for value in group[name]]
+        return [math.nan if value is None else float(value) for value in group[name]]
 
     difference = group.set_index("seed")["nll"] - single
     return {
