@@ -26,6 +26,40 @@ from strategies.base import Strategy
 _LONGEST_NAME = 60
 
 
+def find_record(place: Path, strategy: str | None = None, seed: int | None = None) -> Path:
+    """The record of a finished run.
+
+    Args:
+        place: The record itself, or a folder that ``compare`` wrote.
+        strategy: Whose run; may be None where the folder has those of one strategy.
+        seed: The run's; None for the lowest there is.
+
+    Raises:
+        InputError: There is none, or several could be meant.
+    """
+    if not place.is_dir():
+        return place
+    records = [(path, read_json(path)) for path in sorted((place / "records").glob("*.json"))]
+    runs = [(record["strategy"]["name"], record["seed"], path) for path, record in records]
+    names = sorted({name for name, _, _ in runs})
+    if not runs:
+        raise InputError(f"{place} holds no records; give the --out of a compare that has finished.")
+    if strategy is None and len(names) > 1:
+        raise InputError(f"{place} holds runs of {', '.join(names)}; say which with --strategy.")
+    wanted = strategy or names[0]
+    found = [(s, path) for name, s, path in runs if name == wanted and seed in (None, s)]
+    if not found:
+        there = ", ".join(f"{name} seed {s}" for name, s, _ in runs)
+        raise InputError(f"{place} has no such run; it has {there}.")
+    least = min(s for s, _ in found)
+    paths = [path for s, path in found if s == least]
+    if len(paths) > 1:
+        raise InputError(
+            f"several runs are meant, which differ in options; give one: {', '.join(map(str, paths))}"
+        )
+    return paths[0]
+
+
 def export_record(path: Path, out: Path, chosen: str | None = None) -> TaskStore:
     """Export the tasks of a finished run.
 

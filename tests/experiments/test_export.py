@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from experiments.cli import main
-from experiments.export import task_names
+from experiments.export import find_record, task_names
 from lifelong_ens.serving import ServedModel
 from streams import image_table, split_cifar100, split_digits
 
@@ -116,6 +116,22 @@ def test_options_come_back_from_the_record(tmp_path, capsys):
     assert model.store.description.members_per_task == 2
     assert model.tasks == sorted("-".join(one) for one in split_digits(seed=3).class_names)
     assert main(["predict", str(tmp_path / "model"), str(tmp_path / "none"), "--task", "1"]) == 2
+
+
+def test_a_run_is_found_by_its_strategy_and_seed(tmp_path, capsys):
+    options = ["--hidden", "[16]", "--epochs", 1, "--device", "cpu", "--out", tmp_path]
+    run(capsys, "compare", "--strategies", "finetune,packnet", "--seeds", 2, *options)
+    assert "holds runs of finetune, packnet; say which" in refused(
+        capsys, "export", tmp_path, "--out", tmp_path / "m"
+    )
+    asked = ["--strategy", "packnet", "--out", tmp_path / "m"]
+    assert "packnet seed 1" in refused(capsys, "export", tmp_path, *asked, "--seed", 2)
+    assert "holds no records" in refused(capsys, "export", tmp_path / "records", *asked)
+    assert find_record(tmp_path, "packnet", 1).name.startswith("split_digits-packnet-1-")
+    run(capsys, "export", tmp_path, *asked)
+    model = ServedModel(tmp_path / "m")
+    about = model.about(model.tasks[0])
+    assert (about["method"]["name"], about["seed"]) == ("packnet", 0)
 
 
 def test_runs_that_cannot_be_exported(tmp_path, capsys):
