@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,10 +62,29 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
 
 def show(report: Any, out: Path, page: Path | None = None) -> None:
     """Print a report's headline, and where the rest of it is."""
+    print_table(report.headline().reset_index())
+    print(f"\nrecords, tables and plots: {out}\npage: {page or out / 'report.html'}")
+
+
+def print_table(table: Any) -> None:
+    """Print a pandas table of texts, its cells in several lines where a terminal is too narrow for it."""
     from tabulate import tabulate
 
-    print(tabulate(report.headline(), headers="keys", tablefmt="simple", disable_numparse=True))
-    print(f"\nrecords, tables and plots: {out}\npage: {page or out / 'report.html'}")
+    text = tabulate(table, headers="keys", tablefmt="simple", showindex=False, disable_numparse=True)
+    width = max(map(len, text.splitlines()))
+    if not sys.stdout.isatty() or width <= shutil.get_terminal_size().columns:
+        print(text)
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    folded = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
+    for number, name in enumerate(table.columns):
+        folded.add_column(name, overflow="fold", no_wrap=number == 0)
+    for row in table.itertuples(index=False):
+        folded.add_row(*(str(cell).replace(" (", "\n(") for cell in row))
+    Console(highlight=False, markup=False).print(folded)
 
 
 def refuse(rest: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.commands.shared import add_experiment
+from experiments.commands.shared import add_experiment, print_table
 from experiments.search import DEFAULT_SEARCH
 
 HELP = "choose options of strategies on validation images"
@@ -40,15 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run the trials that are missing and print what was found."""
-    from tabulate import tabulate
-
     from experiments.tune import plan_tuning
 
     plan = plan_tuning(vars(parsed), rest)
     tuned = plan.run()
-    print(
-        tabulate(tuned.headline(), headers="keys", tablefmt="simple", showindex=False, disable_numparse=True)
-    )
+    print_table(tuned.headline())
     print(f"\nall trials: {plan.out / 'trials.csv'}")
     print(f"next: lifelong-ens compare --config {plan.out / 'tuned.yaml'} --seeds 5 --out OUT")
 
