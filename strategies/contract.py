@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from strategies.evaluation import accuracy
 Build = Callable[[Fit, int], Strategy]
 
 FIT = Fit(epochs=6, batch_size=32, learning_rate=0.05, momentum=0.9, weight_decay=5e-3)
+# as many steps as it takes for anything to move that moves
+SHORT = replace(FIT, epochs=2)
 QUICK = Fit(epochs=1, batch_size=64)
 # what an export may not be made of, save where the body is
 OURS = ("lifelong_ens", "strategies")
@@ -84,7 +87,7 @@ def learns_every_task(build: Build, benchmark: Any) -> None:
 
 def past_does_not_move_where_promised(build: Build, benchmark: Any) -> None:
     """With ``frozen_past`` the first task's logits stay the same to the bit; without it they move."""
-    strategy = build(FIT, 0)
+    strategy = build(SHORT, 0)
     if strategy.joint:  # has no past
         return
     trained(strategy, benchmark, range(1))
@@ -103,8 +106,8 @@ def past_does_not_move_where_promised(build: Build, benchmark: Any) -> None:
 
 def state_dict_restores_everything(build: Build, benchmark: Any) -> None:
     """A network that is regrown and loads the state answers every task the same, to the bit."""
-    strategy = trained(build(FIT, 0), benchmark)
-    other = build(FIT, 5)
+    strategy = trained(build(SHORT, 0), benchmark)
+    other = build(SHORT, 5)
     other.network.regrow(strategy.network.classes_per_task)
     other.network.load_state_dict(strategy.network.state_dict())
     for task in range(len(benchmark.train_stream)):
@@ -116,12 +119,12 @@ def state_dict_restores_everything(build: Build, benchmark: Any) -> None:
 
 def goes_on_after_a_task_as_if_never_interrupted(build: Build, benchmark: Any) -> None:
     """A strategy that goes on from the state after the first task ends with the same state, to the bit."""
-    whole = build(FIT, 0)
+    whole = build(SHORT, 0)
     if whole.joint:  # has one task
         return
     trained(whole, benchmark)
-    first = trained(build(FIT, 0), benchmark, range(1))
-    second = build(FIT, 0)
+    first = trained(build(SHORT, 0), benchmark, range(1))
+    second = build(SHORT, 0)
     second.network.regrow(first.network.classes_per_task)
     second.network.load_state_dict(first.network.state_dict())
     second.model.tasks.update(first.model.tasks)  # pyright: ignore
@@ -137,7 +140,7 @@ def same_seed_same_result_another_seed_another(build: Build, benchmark: Any) -> 
     """Two runs of a seed end with the same state, to the bit; one of another seed does not."""
     states = []
     for seed in (3, 3, 4):
-        strategy = trained(build(FIT, seed), benchmark, range(2))
+        strategy = trained(build(SHORT, seed), benchmark, range(2))
         states.append(torch.cat([one.flatten() for one in strategy.network.state_dict().values()]).double())
     _require(torch.equal(states[0], states[1]), "two runs of one seed differ")
     _require(not torch.equal(states[0], states[2]), "runs of two seeds are the same")
@@ -155,7 +158,7 @@ def plugins_of_steps_change_nothing(build: Build, benchmark: Any) -> None:
 
 def caller_s_generator_is_left_alone(build: Build, benchmark: Any) -> None:
     """What torch draws after training is what it would have drawn before."""
-    strategy = build(FIT, 0)
+    strategy = build(SHORT, 0)
     torch.manual_seed(11)
     expected = torch.rand(3)
     torch.manual_seed(11)
@@ -165,7 +168,7 @@ def caller_s_generator_is_left_alone(build: Build, benchmark: Any) -> None:
 
 def evaluating_unseen_tasks_changes_nothing(build: Build, benchmark: Any) -> None:
     """Avalanche's ``eval`` over the whole stream after the first task leaves state and number of tasks as they are."""
-    strategy = build(FIT, 0)
+    strategy = build(SHORT, 0)
     if strategy.joint:  # sees all tasks
         return
     trained(strategy, benchmark, range(1))
@@ -222,7 +225,7 @@ def _check_plain(module: nn.Module, own: Collection[type[nn.Module]]) -> None:
 
 def autocast_keeps_bfloat16_between_all_layers(build: Build, benchmark: Any, mixed: bool = False) -> None:
     """Under autocast no layer takes bfloat16 and gives float32, of one task or with ``mixed`` of rows of two."""
-    network = build(FIT, 0).network.regrow([3, 4]).eval()
+    network = build(SHORT, 0).network.regrow([3, 4]).eval()
     seen: list[str] = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -244,7 +247,7 @@ def autocast_keeps_bfloat16_between_all_layers(build: Build, benchmark: Any, mix
 
 def rows_of_several_tasks_get_their_own_answers(build: Build, benchmark: Any) -> None:
     """In a batch of several tasks every row is answered as its task answers alone, with -inf behind fewer classes."""
-    network = build(FIT, 0).network.regrow([3, 4, 2]).eval()
+    network = build(SHORT, 0).network.regrow([3, 4, 2]).eval()
     x, task = images(benchmark, 0)[:12], torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 1, 1, 0, 2])
     with torch.no_grad():
         mixed = network(x, task)

@@ -28,7 +28,7 @@ COMMON = [
     "--device",
     "cpu",
 ]
-COMMON += ["--epochs", "4", "--augment", "flip", "--strategies"]
+COMMON += ["--epochs", "2", "--limit", "80", "--augment", "flip", "--strategies"]
 
 # less of what takes time
 LESS = {
