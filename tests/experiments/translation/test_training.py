@@ -180,7 +180,7 @@ def test_numbers_are_learnt(row: Row) -> None:
     }
     task = Task.of(Corpus(splits, "", dict.fromkeys(splits, 0)), setting)
     network = build(row, setting, len(task.vocabulary), 0)
-    fit = Fit(epochs=20, batch_size=32, warmup_epochs=2, **ADAM)
+    fit = Fit(epochs=10, batch_size=32, warmup_epochs=2, **ADAM)
     torch.manual_seed(0)
     train(network, task, setting, fit, 0, CPU, "test")
     measured = scores(network, task, setting, CPU)
