@@ -12,6 +12,7 @@ import torch
 from avalanche.benchmarks import CLExperience, CLScenario
 from avalanche.training.templates import SupervisedTemplate
 
+from lifelong_ens.ensembles.training import SomeSteps
 from lifelong_ens.errors import InputError
 from lifelong_ens.store import tensors_file
 from lifelong_ens.training.seeding import seeded
@@ -36,6 +37,19 @@ class TaskCost:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """How far a number can be trusted that is not known before training.
+
+    Attributes:
+        mark: ``≥``, ``≤`` or ``≈``.
+        why: It is not known.
+    """
+
+    mark: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a run will have cost at its end.
 
@@ -46,8 +60,8 @@ class Estimate:
         flops_forward: Of one image of the last task.
         tasks: Training, in the order of the tasks; one entry in all where they are trained together.
         measured: Those of ``tasks`` whose steps were measured; the others lie between.
-        at_least: Why the sizes are the least that they can be, and FLOPs and time a guess; None where all are known.
-        at_most: Why FLOPs and time are the most that they can be; None where they are known.
+        size: What parameters and bytes are; None where they are known.
+        cost: What FLOPs and time of training are; None where they are known.
     """
 
     parameters: int
@@ -56,8 +70,8 @@ class Estimate:
     flops_forward: int
     tasks: tuple[TaskCost, ...]
     measured: tuple[int, ...]
-    at_least: str | None = None
-    at_most: str | None = None
+    size: Bound | None = None
+    cost: Bound | None = None
 
     @property
     def flops_training(self) -> float:
@@ -68,6 +82,9 @@ class Estimate:
     def seconds_training(self) -> float:
         """Of all tasks."""
         return math.fsum(task.seconds for task in self.tasks)
+
+
+MAY_STOP = Bound("≤", "training may stop early (--patience)")
 
 
 def estimate(build: Build, benchmark: CLScenario, seed: int) -> Estimate:
@@ -89,13 +106,16 @@ def estimate(build: Build, benchmark: CLScenario, seed: int) -> Estimate:
     with seeded(seed):
         strategy = _ours(build(seed))
         tasks, measured = _costs_of_tasks(strategy, benchmark)
-        early = None if strategy.fit.patience is None else "training may stop early (--patience)"
+        cost = None if strategy.fit.patience is None else MAY_STOP
         test: Any = benchmark.streams["test"][-1]
         data = test.dataset
         image = data.batch(torch.tensor([0]))[0] if hasattr(data, "batch") else data[0][0].unsqueeze(0)
         forward = forward_cost(strategy, image, test.task_labels[0])
-        at_least = strategy.grows_by_learning()
-        if at_least is not None:
+        size = None
+        grows = strategy.grows_by_learning()
+        if grows is not None:
+            why = f"{grows}, so that its size is not known before it is trained"
+            size, cost = Bound("≥", why), Bound("≈", why)
             classes = strategy.network.classes_per_task
             strategy = _ours(build(seed))
             strategy.network.regrow(classes)
@@ -107,8 +127,8 @@ def estimate(build: Build, benchmark: CLScenario, seed: int) -> Estimate:
         sum(forward.by_component.values()),
         tasks,
         measured,
-        at_least,
-        early,
+        size,
+        cost,
     )
 
 
@@ -132,7 +152,7 @@ def _costs_of_tasks(
     measured = tuple(range(count)) if count <= ALL_MEASURED else (0, 1, count // 2, count - 1)
     known: dict[int, TaskCost] = {}
     for task in range(count):
-        ahead.idle = task not in measured
+        ahead.steps.idle = task not in measured
         cost = ahead.learn(experiences[task], held_out[task])
         if task in measured:
             known[task] = cost
@@ -152,59 +172,37 @@ def _between(known: Mapping[int, TaskCost], images: Sequence[int], task: int) ->
     return TaskCost(images[task] * max(flops, 0.0), images[task] * max(seconds, 0.0))
 
 
-class LookAhead:
-    """Lets a strategy take the first steps of every pass over a task's images, and counts the others.
+class Steps(SomeSteps):
+    """Which steps a look ahead makes, and how long the others would take.
 
     Attributes:
-        idle: Leave out whole trainings too: a task only adds what it stores.
+        idle: Leave out all but the first steps of passes.
+        left_out: Seconds of the steps that were left out, by the steps that were made.
 
     Args:
-        strategy: A fresh one, which is of no use for anything else afterwards.
+        device: Where they are made.
+        compiled: Whether the first warm step of a phase is its compilation.
+        least: How many warm steps of a phase are made, however long they take.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
-        self.strategy, self.idle = strategy, False
-        # seconds of what was left out, by the steps that were not
-        self.left_out = 0.0
-        self._run_epochs = strategy.run_epochs
-        strategy.run_epochs = self.run_epochs  # pyright: ignore[reportAttributeAccessIssue]
-        strategy.skip_step, strategy.on_step = self.skip, self.stepped
-        # the first warm step after torch.compile is its compilation
-        self._slow = 1 if strategy.fit.compile else 0
+    def __init__(self, device: torch.device, compiled: bool, least: int = 1) -> None:
+        self.device, self.least = device, least
+        self.idle, self.left_out = False, 0.0
+        self._slow = int(compiled)
         self._steps = -self._slow
         self._warm = self._start = 0.0
 
-    def learn(
-        self, experience: CLExperience | Sequence[CLExperience], held_out: Sequence[CLExperience]
-    ) -> TaskCost:
-        """Go through the training of a task, or of all together."""
-        meter = self.strategy.meter
-        flops, seconds, left_out = meter.flops, meter.seconds, self.left_out
-        self.strategy.train(experience, eval_streams=[list(held_out)] if held_out else [])
-        return TaskCost(meter.flops - flops, meter.seconds - seconds + self.left_out - left_out)
-
-    def run_epochs(self, epochs: int, validation: Sequence[CLExperience] = ()) -> None:
-        """Two epochs of so many: the first is measured, the second is warm and stands for all others."""
-        if self.idle:
-            return
-        meter = self.strategy.meter
-        self._run_epochs(1, validation)
-        if epochs > 1:
-            start, flops, left_out = time.perf_counter(), meter.flops, self.left_out
-            self._run_epochs(1, validation)
-            meter.flops += (epochs - 2) * (meter.flops - flops)
-            self.left_out += (epochs - 2) * (time.perf_counter() - start + self.left_out - left_out)
-
-    def skip(self, position: int) -> bool:
-        """Whether a step is left out; the first of a pass never is."""
-        if position and self._steps > 0 and (self.idle or self._warm >= WARM_SECONDS):
+    def skip(self, position: int | None = None) -> bool:
+        """Whether a step is left out; the first of a pass over a task's images, at position 0, never is."""
+        enough = self.idle or self._warm >= WARM_SECONDS
+        if position != 0 and self._steps >= self.least and enough:
             self.left_out += self._warm / self._steps
             return True
         self._start = self._now()
         return False
 
-    def stepped(self) -> None:
-        """A step was done; without one to skip before it, it was the measured one of a new phase."""
+    def __call__(self) -> None:
+        """A step was made; without one to skip before it, it was the measured one of a new phase."""
         if not self._start:
             self._steps, self._warm = -self._slow, 0.0
             return
@@ -213,6 +211,47 @@ class LookAhead:
         self._start = 0.0
 
     def _now(self) -> float:
-        if self.strategy.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class LookAhead:
+    """Lets a strategy take the first steps of every pass over a task's images, and counts the others.
+
+    Args:
+        strategy: A fresh one, which is of no use for anything else afterwards.
+
+    Attributes:
+        steps: Of the strategy; where they are idle, whole trainings are left out too, and a task only adds what it
+            stores.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.steps = Steps(strategy.device, strategy.fit.compile)
+        self._run_epochs = strategy.run_epochs
+        strategy.run_epochs = self.run_epochs  # pyright: ignore[reportAttributeAccessIssue]
+        strategy.skip_step, strategy.on_step = self.steps.skip, self.steps
+
+    def learn(
+        self, experience: CLExperience | Sequence[CLExperience], held_out: Sequence[CLExperience]
+    ) -> TaskCost:
+        """Go through the training of a task, or of all together."""
+        meter = self.strategy.meter
+        flops, seconds, left_out = meter.flops, meter.seconds, self.steps.left_out
+        self.strategy.train(experience, eval_streams=[list(held_out)] if held_out else [])
+        return TaskCost(meter.flops - flops, meter.seconds - seconds + self.steps.left_out - left_out)
+
+    def run_epochs(self, epochs: int, validation: Sequence[CLExperience] = ()) -> None:
+        """Two epochs of so many: the first is measured, the second is warm and stands for all others."""
+        if self.steps.idle:
+            return
+        meter = self.strategy.meter
+        self._run_epochs(1, validation)
+        if epochs > 1:
+            start, flops, left_out = time.perf_counter(), meter.flops, self.steps.left_out
+            self._run_epochs(1, validation)
+            meter.flops += (epochs - 2) * (meter.flops - flops)
+            spent = time.perf_counter() - start + self.steps.left_out - left_out
+            self.steps.left_out += (epochs - 2) * spent

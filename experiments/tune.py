@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 import yaml
 from avalanche.benchmarks import CLScenario
 
@@ -71,12 +72,8 @@ class TuningPlan:
         """
         check_writable(self.out)
         device = choose_device(self.device)
-        storage = open_journal(self.out / "study.journal")
-        benchmark = functools.cache(self._benchmark)
-        studies = [
-            StrategyStudy(self.experiment, strategy, spaces, self.num_tasks_used, storage, benchmark, device)
-            for strategy, spaces in self.spaces.items()
-        ]
+        benchmark = functools.cache(self.benchmark)
+        studies = self.studies(self.out / "study.journal", benchmark, device)
         for seed in self.experiment.seeds:
             benchmark(seed)
         for study in studies:
@@ -89,7 +86,17 @@ class TuningPlan:
         write_bytes(self.out / "tuned.yaml", (HEADER + self._yaml(studies)).encode())
         return tuned
 
-    def _benchmark(self, seed: int) -> CLScenario:
+    def studies(
+        self, journal: Path, benchmark: Callable[[int], CLScenario], device: torch.device
+    ) -> list[StrategyStudy]:
+        """One for each strategy, all in one journal."""
+        storage = open_journal(journal)
+        return [
+            StrategyStudy(self.experiment, strategy, spaces, self.num_tasks_used, storage, benchmark, device)
+            for strategy, spaces in self.spaces.items()
+        ]
+
+    def benchmark(self, seed: int) -> CLScenario:
         """The only benchmark that a trial sees: it has no test images."""
         make = self.experiment.make_benchmark
         whole = make(**taken(make, {"seed": seed}))

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import catalogue
-from experiments.commands.shared import add_config, add_device, add_force, add_seeds, show
+from experiments.commands.shared import add_config, add_device, add_dry_run, add_force, add_seeds, show
 
 HELP = "train, measure and cost efficient ensembles"
 EXAMPLES = """
 examples:
   lifelong-ens ensemble --methods deep,mc_dropout,batch_ensemble --seeds 3 --out results/e
-  lifelong-ens ensemble --data cifar100 --root data --network resnet20 --epochs 30 --corruptions all
+  lifelong-ens ensemble --data cifar100 --root data --network resnet20 --epochs 30 --corruptions all --dry_run
   lifelong-ens ensemble --data mnist --root data --ood notmnist=DIR --calibrate"""
 
 
@@ -56,13 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_force(parser)
+    add_dry_run(parser)
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Run what has no record yet and print the headline."""
+    """Run what has no record yet and print the headline; in a dry run, print the plan."""
     from experiments.ensembles.plan import plan_ensembles
 
     plan = plan_ensembles(vars(parsed), rest)
+    if parsed.dry_run:
+        from experiments.ensembles.dry_run import dry_run
+
+        print(dry_run(plan))
+        return
     show(plan.run(), plan.out)
 
 

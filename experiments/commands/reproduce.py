@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import reproduce
-from experiments.commands.shared import add_device, add_force, add_seeds, refuse
+from experiments.commands.shared import add_device, add_dry_run, add_force, add_seeds, refuse
 
 HELP = "a declared table: published numbers beside ours"
 EXAMPLES = """
 examples:
+  lifelong-ens reproduce be_cost_table --root data --dry_run
   lifelong-ens reproduce be_cost_table --root data --quick
   lifelong-ens reproduce split_cifar100_resnet18 --root data --epochs 5 --limit 50"""
 
@@ -33,13 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_force(parser)
+    add_dry_run(parser)
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Run what has no record yet and print the table; without a name, name all of them."""
+    """Run what has no record yet and print the table, or the plan; without a name, name all of them."""
     if parsed.name is None:
         refuse(rest)
         print("\n".join(lines_of_all()))
+        return
+    if parsed.dry_run:
+        print(reproduce.find(parsed.name).dry_run(vars(parsed), rest))
         return
     table, out = reproduce.find(parsed.name).run(vars(parsed), rest)
     print(f"{table.markdown()}\nrecords and tables: {out}")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.commands.shared import add_experiment, print_table
+from experiments.commands.shared import add_dry_run, add_experiment, print_table
 from experiments.search import DEFAULT_SEARCH
 
 HELP = "choose options of strategies on validation images"
@@ -36,13 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="search this option in log:LOW:HIGH, LOW:HIGH or A,B,C; may be repeated (default: see below)",
     )
     parser.add_argument("--out", type=Path, help="folder for what is written (default: results/STREAM-tune)")
+    add_dry_run(parser)
 
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
-    """Run the trials that are missing and print what was found."""
+    """Run the trials that are missing and print what was found; in a dry run, print the plan."""
     from experiments.tune import plan_tuning
 
     plan = plan_tuning(vars(parsed), rest)
+    if parsed.dry_run:
+        from experiments.dry_run import dry_run_tuning
+
+        print(dry_run_tuning(plan))
+        return
     tuned = plan.run()
     print_table(tuned.headline())
     print(f"\nall trials: {plan.out / 'trials.csv'}")

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streams
 from experiments.ensembles import STREAMS
-from experiments.ensembles.reproduction import EnsembleReproduction
+from experiments.ensembles.reproduction import EnsembleReproduction, telling
+
+if TYPE_CHECKING:
+    from experiments.ensembles.plan import EnsemblePlan
 
 
 @dataclass(frozen=True)
@@ -55,23 +58,27 @@ class Orderings:
 
     def run(self, given: Mapping[str, Any], rest: Sequence[str]) -> tuple[OrderingsTable, Path]:
         """Run what has no record yet and write ``table.md`` beside the records; see ``EnsembleReproduction.run``."""
-        from experiments.ensembles.plan import plan_rows
-        from lifelong_ens.errors import InputError
         from lifelong_ens.store import write_bytes
 
-        suffix = "-quick" if given.get("quick") else ""
-        out = Path(given.get("out") or Path("results") / f"{self.name}{suffix}")
-        for part in self.parts:
-            wanted = part.quickened() if given.get("quick") else part
-            try:
-                plan_rows(wanted, given, _for(part, rest), out).run()
-            except InputError as error:
-                if any(argument.startswith("--root") for argument in rest):
-                    raise
-                raise InputError(f"{error}; {self.images}.") from error
+        plans = self._plans(given, rest)
+        with telling(_names_root(rest), self.images):
+            for plan in plans:
+                plan.run()
+        out = plans[0].out
         table = self.table_of(out)
         write_bytes(out / "table.md", table.markdown().encode())
         return table, out
+
+    def dry_run(self, given: Mapping[str, Any], rest: Sequence[str]) -> str:
+        """See ``experiments.ensembles.dry_run.dry_run``: one data set after the other."""
+        from experiments.ensembles.dry_run import dry_run
+
+        plans = self._plans(given, rest)
+        with telling(_names_root(rest), self.images):
+            return "\n\n".join(dry_run(plan) for plan in plans)
+
+    def _plans(self, given: Mapping[str, Any], rest: Sequence[str]) -> list[EnsemblePlan]:
+        return [part.plan(given, _for(part, rest)) for part in self.parts]
 
     def table_of(self, folder: Path) -> OrderingsTable:
         """The table of the newest runs on each data set whose records are in ``folder``."""
@@ -82,6 +89,10 @@ class Orderings:
         newest = {record["data"]["name"]: record["setting"] for record in records}
         records = [record for record in records if newest[record["data"]["name"]] == record["setting"]]
         return OrderingsTable(self, EnsembleReport.from_records(records).runs, records)
+
+
+def _names_root(rest: Sequence[str]) -> bool:
+    return any(argument.startswith("--root") for argument in rest)
 
 
 def _for(part: EnsembleReproduction, rest: Sequence[str]) -> list[str]:

@@ -93,9 +93,9 @@ class EnsemblePlan:
         """
         device = choose_device(self.device)
         check_writable(self.out)
-        images = self._images()
+        images = self.images()
         check_protocol(self.protocol, images)
-        build = self._network_for(images)
+        build = self.network_for(images)
         warm_up(device)
         wanted = protocol_dict(self.protocol, images)
         problems: list[tuple[str, InputError]] = []
@@ -154,14 +154,15 @@ class EnsemblePlan:
             _say(record, cell)
         return record
 
-    def _images(self) -> Images:
+    def images(self) -> Images:
+        """What members are trained, chosen and tested on."""
         cell = self.cells[0][0]
         images = read_images(self.data, self.data_options, cell.held_out)
         for name, root in self.foreign.items():
             images.foreign[name] = read_foreign(name, root, images)
         return images
 
-    def _network_for(self, images: Images) -> Callable[[], nn.Module]:
+    def network_for(self, images: Images) -> Callable[[], nn.Module]:
         """The builder of a network for these images; the one that is saved with an ensemble.
 
         Raises:

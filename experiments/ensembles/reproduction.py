@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streams
 from experiments.ensembles import STREAMS
+from lifelong_ens.errors import InputError
+
+if TYPE_CHECKING:
+    from experiments.ensembles.plan import EnsemblePlan
 
 Options = Mapping[str, Any]
 
@@ -95,23 +100,30 @@ class EnsembleReproduction:
         Raises:
             InputError: Something given cannot be used, or there are no images.
         """
-        from experiments.ensembles.plan import plan_rows
-        from lifelong_ens.errors import InputError
         from lifelong_ens.store import write_bytes
 
-        wanted = self.quickened() if given.get("quick") else self
-        suffix = "-quick" if given.get("quick") else ""
-        out = Path(given.get("out") or Path("results") / f"{self.name}{suffix}")
-        plan = plan_rows(wanted, given, rest, out)
-        try:
+        plan = self.plan(given, rest)
+        with telling("root" in plan.data_options, self.images):
             plan.run()
-        except InputError as error:
-            if "root" in plan.data_options:
-                raise
-            raise InputError(f"{error}; {self.images}.") from error
-        table = EnsembleTable.of(self, out, plan.cells[0][0].setting)
-        write_bytes(out / "table.md", table.markdown().encode())
-        return table, out
+        table = EnsembleTable.of(self, plan.out, plan.cells[0][0].setting)
+        write_bytes(plan.out / "table.md", table.markdown().encode())
+        return table, plan.out
+
+    def dry_run(self, given: Mapping[str, Any], rest: Sequence[str]) -> str:
+        """See ``experiments.ensembles.dry_run.dry_run``."""
+        from experiments.ensembles.dry_run import dry_run
+
+        plan = self.plan(given, rest)
+        with telling("root" in plan.data_options, self.images):
+            return dry_run(plan)
+
+    def plan(self, given: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePlan:
+        """What ``run`` runs."""
+        from experiments.ensembles.plan import plan_rows
+
+        quick = bool(given.get("quick"))
+        out = given.get("out") or Path("results") / f"{self.name}{'-quick' if quick else ''}"
+        return plan_rows(self.quickened() if quick else self, given, rest, Path(out))
 
     def table_of(self, folder: Path) -> EnsembleTable:
         """The table of the newest runs whose records are in ``folder``."""
@@ -131,6 +143,17 @@ class EnsembleReproduction:
             fit={**self.fit, **self.quick.get("fit", {})},
             data_options={**self.data_options, **self.quick.get("data", {})},
         )
+
+
+@contextmanager
+def telling(known: bool, images: str) -> Iterator[None]:
+    """Where it is not known where images lie, a refusal inside also says where they come from."""
+    try:
+        yield
+    except InputError as error:
+        if known:
+            raise
+        raise InputError(f"{error}; {images}.") from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from experiments.ensembles.evaluation import Protocol, evaluate
 from experiments.pace import EnsemblePace
 from experiments.run import PACKAGES, Named, commit_here, device_name, digest
 from lifelong_ens.ensembles.ensemble import Ensemble
+from lifelong_ens.ensembles.training import Progress
 from lifelong_ens.errors import DamagedFileError, InputError
 from lifelong_ens.report.ensemble_records import SCHEMA, check_ensemble_record
 from lifelong_ens.store import read_json, write_json
@@ -90,10 +91,10 @@ def run_cell(
 ) -> dict[str, Any]:
     """Train what is not there yet, measure it, write and return the record."""
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
-    folder = out / "models" / cell.key
+    folder = model_folder(cell, out)
     ensemble = _trained(folder, build_network, device)
     if ensemble is None:
-        ensemble = _fit(cell, function, build_network, images, device, pace)
+        ensemble = fit_members(cell, function, build_network, images, device, pace.phase)
         ensemble.save(folder)
     pace.measuring = True
     record = {
@@ -130,6 +131,11 @@ def record_path(cell: EnsembleCell, out: Path) -> Path:
     return out / "records" / f"{cell.key}.json"
 
 
+def model_folder(cell: EnsembleCell, out: Path) -> Path:
+    """Where the trained ensemble of a cell goes."""
+    return out / "models" / cell.key
+
+
 def protocol_dict(protocol: Protocol, images: Images) -> dict[str, Any]:
     """What was measured, as a record says it; where the files of a set lie is no part of it."""
     return {
@@ -157,7 +163,7 @@ def finished_record(cell: EnsembleCell, protocol: Mapping[str, Any], out: Path) 
 def discard(cell: EnsembleCell, out: Path) -> None:
     """Remove a cell's record and model."""
     record_path(cell, out).unlink(missing_ok=True)
-    for path in (out / "models" / cell.key).glob("*"):
+    for path in model_folder(cell, out).glob("*"):
         path.unlink()
 
 
@@ -172,14 +178,15 @@ def _trained(folder: Path, build_network: Callable[[], nn.Module], device: torch
         return None
 
 
-def _fit(
+def fit_members(
     cell: EnsembleCell,
     function: Callable[..., Ensemble],
     build_network: Callable[[], nn.Module],
     images: Images,
     device: torch.device,
-    pace: EnsemblePace,
+    progress: Progress,
 ) -> Ensemble:
+    """Call a cell's method with all that is its own."""
     names = inspect.signature(function).parameters
     own = {name: value for name, value in cell.method.options.items() if name in names}
     training = {name: value for name, value in cell.method.options.items() if name not in names}
@@ -192,6 +199,6 @@ def _fit(
         fit=Fit(**{**asdict(cell.fit), **training}),
         seed=cell.seed,
         device=device,
-        progress=pace.phase,
+        progress=progress,
         **own,
     )

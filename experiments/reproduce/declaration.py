@@ -61,6 +61,14 @@ class Declared(Protocol):
         """
         ...
 
+    def dry_run(self, given: Mapping[str, Any], rest: Sequence[str]) -> str:
+        """What ``run`` would run, and what that would cost; nothing is written.
+
+        Raises:
+            InputError: Something given cannot be used, or this one cannot tell.
+        """
+        ...
+
     def table_of(self, folder: Path) -> Shown:
         """The table of the newest runs whose records are in ``folder``."""
         ...
@@ -156,6 +164,13 @@ class Reproduction:
         from experiments.reproduce.engine import reproduce
 
         return reproduce(self, given, rest)
+
+    def dry_run(self, given: Mapping[str, Any], rest: Sequence[str]) -> str:
+        """See ``experiments.dry_run.dry_run``."""
+        from experiments.dry_run import dry_run
+        from experiments.reproduce.engine import plan_reproduction
+
+        return dry_run(plan_reproduction(self, given, rest))
 
     def table_of(self, folder: Path) -> Shown:
         """The table of the newest runs whose records are in ``folder``."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.reproduce.declaration import Options, Shown
 from experiments.translation.setting import Row
+from lifelong_ens.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class Translation:
         from experiments.translation.engine import reproduce
 
         return reproduce(self, given, rest)
+
+    def dry_run(self, given: Mapping[str, Any], rest: Sequence[str]) -> str:
+        """Refused: nothing counts the steps of a translation ahead.
+
+        Raises:
+            InputError: Always; the line says what to do.
+        """
+        raise InputError("translation has no dry run; leave out --dry_run, or take the smaller --quick.")
 
     def table_of(self, folder: Path) -> Shown:
         """The table of the newest runs whose records are in ``folder``."""

@@ -7,6 +7,7 @@ hyper-parameters drawn for every example, and their distribution is tuned on val
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -67,12 +68,19 @@ class Tuner:
         self._adam = torch.optim.Adam(self._bounds, lr=learning_rate)
         self._order = torch.Generator().manual_seed(seed)
         self._batches = self._endless()
+        sizes = torch.arange(len(validation)).split(fit.batch_size)
+        self._sizes = itertools.cycle([len(rows) for rows in sizes])
         self._steps = 0
 
-    def after_step(self) -> None:
-        """Count a training step; every so many of them, tune."""
+    def after_step(self, left_out: bool = False) -> None:
+        """Count a training step; every so many of them, tune, or after one that was left out only count that too."""
         self._steps += 1
-        if self._steps % self.every == 0:
+        if self._steps % self.every:
+            return
+        rows = next(self._sizes)
+        if left_out and self.meter.measured:
+            self.meter.count(rows)
+        else:
             self.tune(*next(self._batches))
 
     def tune(self, images: Tensor, labels: Tensor) -> None:

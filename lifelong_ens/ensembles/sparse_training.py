@@ -118,14 +118,17 @@ class SparseTraining:
         """Prune and grow now, this share of the connections of every layer that is not full."""
         if self.updates is None:
             raise RuntimeError("SparseTraining.move: its masks stand still.")
-        grown = self.masks.update(rate, self.updates.growth, self._generator)
-        if self.updates.grown_momentum == "zero":
-            forget(self.training.optimisation.optimizer, grown)
+        # what has grown is zero until it is trained, and a look ahead may not train it
+        if not self.training.ahead:
+            grown = self.masks.update(rate, self.updates.growth, self._generator)
+            if self.updates.grown_momentum == "zero":
+                forget(self.training.optimisation.optimizer, grown)
         self.num_updates += 1
         self._dense_steps += self.updates.growth == "gradient" and self.updates.grown_momentum == "zero"
 
-    def _after_step(self) -> None:
-        self.masks.apply()
+    def _after_step(self, left_out: bool) -> None:
+        if not left_out:
+            self.masks.apply()
         self._steps += 1
         if self.updates is None:
             return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +21,21 @@ from lifelong_ens.training.losses import member_loss
 from lifelong_ens.training.seeding import seeded
 
 BuildNetwork = Callable[[], nn.Module]
-# told what is trained and in how many steps; what it returns is called after every step
+# told what is trained and in how many steps; what it returns is called after every step, and may be SomeSteps
 Progress = Callable[[str, int], Callable[[], object]]
 ComputeLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class SomeSteps(ABC):
+    """What a progress returns that only looks ahead: it chooses which steps are made; the rows of all are counted."""
+
+    @abstractmethod
+    def __call__(self) -> None:
+        """A step was made."""
+
+    @abstractmethod
+    def skip(self) -> bool:
+        """Whether the next step is left out; not asked before the first of a phase, which is measured."""
 
 
 def silent(label: str, steps: int) -> Callable[[], object]:
@@ -35,6 +48,9 @@ class Training:
 
     The order of the images, their augmentation and whatever the network draws (dropout) come from ``seed`` alone.
 
+    Attributes:
+        ahead: Whether steps are left out, so that what is learnt is of no use.
+
     Args:
         network: What is trained.
         data: The images.
@@ -44,7 +60,7 @@ class Training:
         epochs: Of the whole schedule; None for those of ``fit``.
         loss: From images ``(batch, C, H, W)`` and labels ``(batch,)``; the mean cross entropy of members if not given.
         groups: Parameter groups as torch has them; ``parameter_groups(network)`` if not given.
-        after_step: Called after every step.
+        after_step: Called after every step with whether it was left out.
         before_update: Called when the gradients are there.
     """
 
@@ -59,13 +75,14 @@ class Training:
         epochs: int | None = None,
         loss: ComputeLoss | None = None,
         groups: Iterable[Mapping[str, Any]] | None = None,
-        after_step: Callable[[], object] | None = None,
+        after_step: Callable[[bool], object] | None = None,
         before_update: Callable[[], object] | None = None,
     ) -> None:
         self.network, self.data, self.fit, self.meter, self.seed = network, data, fit, meter, seed
         self.device = next(network.parameters()).device
         self.epochs = fit.epochs if epochs is None else epochs
         self.epochs_done = 0
+        self.ahead = False
         self.optimisation = Optimisation(
             parameter_groups(network) if groups is None else groups,
             fit,
@@ -116,24 +133,34 @@ class Training:
         with self.optimisation.precision(self.device):
             return self._loss(*batch)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.data), generator=self._order)
-        for images, labels in self.data.subset(order).batches(self.fit.batch_size, self.device):
-            yield channels_last(augment(images, self.fit.augment, self._pixels)), labels
-
     def counted(self, step: Callable[[], object] = lambda: None) -> Generator[tuple[Tensor, Tensor]]:
         """The batches of one more epoch; what is done with the first of a phase runs under the meter."""
-        for batch in self._batches():
-            rows = len(batch[1])
+        data = self.data.subset(torch.randperm(len(self.data), generator=self._order))
+        if not isinstance(step, SomeSteps):
+            yield from self._made(data, step)
+            return
+        self.ahead = True
+        for rows in torch.arange(len(data)).split(self.fit.batch_size):
+            if self.meter.measured and step.skip():
+                self._count(len(rows), left_out=True)
+            else:
+                yield from self._made(data.subset(rows), step)
+
+    def _made(self, data: ImageData, step: Callable[[], object]) -> Generator[tuple[Tensor, Tensor]]:
+        for images, labels in data.batches(self.fit.batch_size, self.device):
+            batch = channels_last(augment(images, self.fit.augment, self._pixels)), labels
             if self.meter.measured:
                 yield batch
             else:
-                with self.meter.measure(self.network, rows):
+                with self.meter.measure(self.network, len(labels)):
                     yield batch
-            self.meter.count(rows)
-            if self.after_step is not None:
-                self.after_step()
+            self._count(len(labels), left_out=False)
             step()
+
+    def _count(self, rows: int, left_out: bool) -> None:
+        self.meter.count(rows)
+        if self.after_step is not None:
+            self.after_step(left_out)
 
 
 class Stopping:

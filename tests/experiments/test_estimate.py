@@ -47,7 +47,7 @@ def test_an_estimate_is_what_the_record_says(tmp_path, name):
     assert found.flops_forward == end["flops_forward"]
     assert found.flops_training == pytest.approx(end["flops_training"], rel=1e-9)
     assert found.seconds_training > 0
-    assert found.at_least is found.at_most is None
+    assert found.size is found.cost is None
 
 
 @pytest.mark.parametrize("name", ["rcl", "den"])
@@ -55,7 +55,8 @@ def test_what_grows_by_learning_is_at_least_so_large(tmp_path, name):
     found, record = estimated_and_record(tmp_path, name, num_tasks=2, fit=FIT)
     end = record["tasks"][-1]
     last = [row for row in record["costs"] if row["trained_task"] == end["trained_task"]]
-    assert found.at_least
+    assert found.size is not None
+    assert found.size.mark == "≥"
     assert 0 < found.parameters <= sum(row["parameters"] for row in last)
     assert 0 < found.disk_bytes <= end["disk_bytes"]
 
@@ -74,7 +75,9 @@ def test_training_that_may_stop_early_costs_at_most_so_much():
     benchmark = split_digits(num_tasks=2, limit=20, validation=0.2)
     sooner = estimate(builder("finetune", Fit(epochs=4, patience=1)), benchmark, seed=0)
     never = estimate(builder("finetune", Fit(epochs=4)), benchmark, seed=0)
-    assert "stop early" in (sooner.at_most or "")
+    assert sooner.size is never.cost is None
+    assert sooner.cost is not None
+    assert "stop early" in sooner.cost.why
     assert sooner.flops_training == never.flops_training
 
 
