@@ -80,7 +80,7 @@ def read_options(
         also: Other names that may have been meant.
 
     Raises:
-        InputError: An option that nobody takes, with the nearest names; a value of the wrong type; one that is missing.
+        InputError: An option that nobody takes, with the nearest names; a value of the wrong type.
     """
     kinds: dict[str, Any] = {}
     for owner in owners:
@@ -93,12 +93,6 @@ def read_options(
         if name not in kinds:
             valid = [one for one in [*kinds, *also] if ("." in one) == ("." in name)]
             raise InputError(f"unknown option --{name}; {nearest(name, valid)}")
-    for owner in owners:
-        for name in owner.required():
-            if name not in of_owner(owner, given):
-                raise InputError(
-                    f"{owner.name} needs --{name}; lifelong-ens list {owner.name} says what it is"
-                )
     return {name: typed(name, value, kinds[name]) for name, value in given.items()}
 
 
@@ -118,6 +112,20 @@ def _dataclass_in(kind: Any) -> Any:
     """A dataclass, also if it may be None; None where it is something else."""
     options = [kind, *typing.get_args(kind)]
     return next((one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+def check_required(owners: Iterable[Owner], given: Mapping[str, Any]) -> None:
+    """See that nothing is missing.
+
+    Raises:
+        InputError: An owner has an argument without a default that was not given.
+    """
+    for owner in owners:
+        for name in owner.required():
+            if name not in of_owner(owner, given):
+                raise InputError(
+                    f"{owner.name} needs --{name}; lifelong-ens list {owner.name} says what it is"
+                )
 
 
 def of_owner(owner: Owner, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import yaml
 from experiments import catalogue
 from experiments.compare import BuildStrategy, run_cells, strategy_builder
 from experiments.logs import check_loggers
-from experiments.options import Owner, make_fit, of_owner, read_options
+from experiments.options import Owner, check_required, make_fit, of_owner, read_options
 from experiments.run import Cell, Named
 from lifelong_ens.errors import InputError
 from lifelong_ens.report import Report
@@ -159,9 +159,9 @@ def read_experiment(parsed: Mapping[str, Any], rest: Sequence[str]) -> Experimen
     strategies = {name: strategy_owner(name) for name in names}
     stream_owner = Owner(short(stream_name), stream, only_dotted=frozenset({"seed"}))
     network_owner, fit_owner = Owner(short(network_name), network), Owner(FIT_OWNER, Fit)
-    given = read_options(
-        [stream_owner, network_owner, *strategies.values(), fit_owner], rest, config, also=parsed
-    )
+    owners = [stream_owner, network_owner, *strategies.values(), fit_owner]
+    given = read_options(owners, rest, config, also=parsed)
+    check_required(owners, given)
     stream_options = of_owner(stream_owner, given)
     return Experiment(
         general,

@@ -18,7 +18,7 @@ from experiments.ensembles.data import Images, read_foreign, read_images, reader
 from experiments.ensembles.evaluation import Protocol, check_protocol
 from experiments.ensembles.reproduction import EnsembleReproduction
 from experiments.ensembles.run import EnsembleCell, discard, finished_record, protocol_dict, run_cell
-from experiments.options import Owner, make_fit, of_owner, read_options
+from experiments.options import Owner, check_required, make_fit, of_owner, read_options
 from experiments.pace import EnsemblePace
 from experiments.plan import FIT_OWNER, first_given, names_of, parse_seeds, read_config, short
 from experiments.progress import Display
@@ -208,7 +208,9 @@ def plan_ensembles(parsed: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePl
     }
     data_owner = Owner(data, reader(data), hidden=ABOUT_TASKS)
     network_owner, fit_owner = Owner(short(network_name), network), Owner(FIT_OWNER, Fit)
-    given = read_options([data_owner, network_owner, *methods.values(), fit_owner], rest, config, also=parsed)
+    owners = [data_owner, network_owner, *methods.values(), fit_owner]
+    given = read_options(owners, rest, config, also=parsed)
+    check_required(owners, given)
     members = _whole("members", general["members"], 1)
     data_options = of_owner(data_owner, given)
     network_options = of_owner(network_owner, given)
