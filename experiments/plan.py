@@ -37,6 +37,8 @@ COMPARE = {"task_inference": "none", "evaluate": "new", "force": False, "tuning"
 MEASURED = {"task_inference": ("none", "entropy", "max_probability"), "evaluate": ("new", "all")}
 TUNE = {"trials": 20, "num_tasks_used": 3, "search": None}
 FIT_OWNER = "training"
+# options of our streams of files that change how images are read, not what they are
+READING = ("workers", "cache_gb")
 # up to 28x28 pixels, where an MLP is the network by default
 SMALL_IMAGES = ("split_digits", "split_mnist", "permuted_mnist", "rotated_mnist", "split_fashion_mnist")
 
@@ -48,8 +50,8 @@ class Experiment:
     Attributes:
         general: What belongs to the command itself, defaults filled in.
         given: All other options as they were given, name to value.
-        stream: The stream and its options.
-        make_benchmark: Its builder with these options; the seed is missing.
+        stream: The stream and its options, but for those of reading it.
+        make_benchmark: Its builder with all its options; the seed is missing.
         network: The network and its options.
         make_network: Its builder.
         strategies: Each strategy's owner of options, by the strategy's name.
@@ -166,13 +168,19 @@ def read_experiment(parsed: Mapping[str, Any], rest: Sequence[str]) -> Experimen
     return Experiment(
         general,
         given,
-        Named(stream_name, stream_options),
+        Named(stream_name, _without_reading(stream_name, stream_options)),
         functools.partial(stream, **stream_options),
         Named(network_name, of_owner(network_owner, given)),
         network,
         strategies,
         make_fit(of_owner(fit_owner, given)),
     )
+
+
+def _without_reading(stream_name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What says which stream it is: a run goes on, and compares, whatever number of threads decodes."""
+    ours = stream_name in catalogue.KINDS["stream"]
+    return {name: value for name, value in options.items() if not (ours and name in READING)}
 
 
 def strategy_owner(name: str) -> Owner:

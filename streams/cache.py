@@ -14,18 +14,52 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
+from lifelong_ens.errors import InputError
 from lifelong_ens.store import cache_folder
-from streams.store import ChannelStatistics, ImageStore, Plan, decode, in_memory, train_part
+from streams.store import ChannelStatistics, ImageStore, Plan, decode, from_reader, in_memory, train_part
 
 VERSION = 1
 _STALE_SECONDS = 3600.0
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where decoded images stay, checked as soon as it is given.
+
+    Attributes:
+        kind: ``cache`` keeps them on disk, ``files`` keeps none.
+        workers: Threads that decode; 0 to decode in the caller's, and at most 1 where files are small.
+        cache_gb: Refuse to keep more than so many GB of them; ``None`` for as many as fit.
+    """
+
+    kind: Literal["cache", "files"] = "cache"
+    workers: int = 4
+    cache_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cache", "files"):
+            raise InputError(f"storage is {self.kind}; expected cache or files")
+        if self.workers < 0:
+            raise InputError(f"workers is {self.workers}; expected 0 or more threads")
+        if self.cache_gb is not None and not self.cache_gb >= 0:
+            raise InputError(f"cache_gb is {self.cache_gb}; expected 0 or more")
+
+    def require_room(self, plan: Plan, name: str) -> None:
+        """Refuse more decoded images than are allowed."""
+        if self.cache_gb is not None and plan.images_bytes > self.cache_gb * 1e9:
+            raise InputError(
+                f"{name}: {len(plan.labels)} decoded images need {plan.images_bytes / 1e9:.1f} GB, more than "
+                f"cache_gb, {self.cache_gb:g}; raise it, pass a smaller image_size or limit, or storage=files, "
+                "which keeps none"
+            )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,14 +69,14 @@ class Source:
     Attributes:
         kind: How the files are read.
         root: The folder that the user named.
-        files: Path relative to ``root``, bytes, ``mtime_ns`` and what else is known of every file.
+        files: Lists path relative to ``root``, bytes, ``mtime_ns`` and what else is known of every file.
         plan: Reads what must be known before decoding.
         options: What else changes the decoded images, such as the image size.
     """
 
     kind: str
     root: Path
-    files: Iterable[tuple[str | int, ...]]
+    files: Callable[[], Iterable[tuple[str | int, ...]]]
     plan: Callable[[], Plan]
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -52,21 +86,29 @@ class Source:
 
     def fingerprint(self) -> str:
         """Changes whenever a file or an option does."""
-        return _digest([VERSION, self.kind, sorted(self.options.items()), list(self.files)])
+        return _digest([VERSION, self.kind, sorted(self.options.items()), list(self.files())])
 
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def load(source: Source) -> ImageStore:
-    """The decoded images of a source, mapped from the cache; decoded first where that is missing or old."""
+def load(source: Source, storage: Storage | None = None) -> ImageStore:
+    """The images of a source: mapped from the cache, decoded first where that is missing or old, or left in files.
+
+    Raises:
+        InputError: An image cannot be decoded; the decoded images do not fit where they may stay.
+    """
+    storage = storage or Storage()
+    if storage.kind == "files":
+        return from_reader(source.plan())
     path = cache_folder() / f"{source.kind}-{source.key()}.safetensors"
     fingerprint = source.fingerprint()
     store = _read(path, fingerprint)
     if store is not None:
         return store
     plan = source.plan()
+    storage.require_room(plan, source.kind)
     try:
         _write(path, plan, fingerprint, source.kind)
     except OSError as error:
@@ -100,9 +142,10 @@ def _read(path: Path, fingerprint: str) -> ImageStore | None:
 
 def _check(store: ImageStore) -> None:
     """Refuse tensors that do not fit together."""
-    channels = store.images.shape[1] if store.images.dim() == 4 else -1
+    channels = store.images.shape[1] if len(store.images.shape) == 4 else -1
     fits = (
-        store.images.dtype == torch.uint8
+        isinstance(store.images, Tensor)
+        and store.images.dtype == torch.uint8
         and store.labels.dtype == torch.int64
         and store.labels.shape == store.images.shape[:1]
         and store.mean.shape == store.std.shape == (channels,)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lifelong_ens.errors import InputError
 
@@ -26,6 +26,9 @@ def image_folder(
     validation: float = 0.0,
     image_size: int = 64,
     limit: int | None = None,
+    storage: Literal["cache", "files"] = "cache",
+    workers: int = 4,
+    cache_gb: float | None = None,
 ) -> StreamBenchmark:
     """Tasks of different classes of your own images.
 
@@ -38,14 +41,21 @@ def image_folder(
         validation: Fraction of each class's training images that is held out for validation.
         image_size: Height and width: the short side is resized to it, then the centre is cropped.
         limit: Use at most this many training and test images per class.
+        storage: cache keeps decoded images on disk, in $LIFELONG_ENS_CACHE; files decodes each whenever it is needed.
+        workers: Threads that decode files; files of a few kB are decoded fastest by one, and are.
+        cache_gb: Refuse to cache more than so many GB of decoded images.
     """
+    from streams.cache import Storage
     from streams.folders import list_class_folders, require_folder, stream_of_files
     from streams.tasks import TaskOptions
 
+    stored = Storage(storage, workers, cache_gb)
     options = TaskOptions(num_tasks, seed, class_order, validation, limit, image_size, test_fraction)
     folder = require_folder(root, "train/<class>/* and test/<class>/*, or <class>/*")
     train, test = _train_and_test(folder, list_class_folders, options)
-    return stream_of_files("image_folder", folder, train, test, options, variant=test_fraction)
+    return stream_of_files(
+        "image_folder", folder, train, test, options, variant=test_fraction, storage=stored
+    )
 
 
 def domain_folder(
@@ -57,6 +67,9 @@ def domain_folder(
     validation: float = 0.0,
     image_size: int = 64,
     limit: int | None = None,
+    storage: Literal["cache", "files"] = "cache",
+    workers: int = 4,
+    cache_gb: float | None = None,
 ) -> StreamBenchmark:
     """Tasks of the same classes of your own images, each task in another domain: one folder for each.
 
@@ -68,11 +81,16 @@ def domain_folder(
         validation: Fraction of each class's training images of a domain that is held out for validation.
         image_size: Height and width: the short side is resized to it, then the centre is cropped.
         limit: Use at most this many training and test images per class of a domain.
+        storage: cache keeps decoded images on disk, in $LIFELONG_ENS_CACHE; files decodes each whenever it is needed.
+        workers: Threads that decode files; files of a few kB are decoded fastest by one, and are.
+        cache_gb: Refuse to cache more than so many GB of decoded images.
     """
     from lifelong_ens.store import natural
+    from streams.cache import Storage
     from streams.folders import require_folder, stream_of_tasks
     from streams.tasks import TaskOptions
 
+    stored = Storage(storage, workers, cache_gb)
     options = TaskOptions(num_tasks, seed, None, validation, limit, image_size, test_fraction)
     layout = "train/<domain>/<class>/* and test/<domain>/<class>/*, or <domain>/<class>/*"
     folder = require_folder(root, layout)
@@ -80,7 +98,7 @@ def domain_folder(
     domains = natural({file.task: None for file in (*train, *test)})
     parts = {"train": train, "test": test}
     _check_same_classes(folder, parts, domains)
-    return stream_of_tasks("domain_folder", folder, parts, domains, options)
+    return stream_of_tasks("domain_folder", folder, parts, domains, options, stored)
 
 
 def _train_and_test(

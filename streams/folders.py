@@ -1,10 +1,9 @@
-"""Class folders of image files: listed, fingerprinted and decoded with a few threads."""
+"""Class folders of image files: listed, fingerprinted and made into streams."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,20 +16,20 @@ import torch
 from lifelong_ens.errors import InputError
 from lifelong_ens.images import EXTENSIONS, find_images, is_hidden, read_image
 from lifelong_ens.store import natural
-from streams.cache import Source, load
+from streams.cache import Source, Storage, load
+from streams.files import ImageFiles
 from streams.store import Plan
 from streams.tasks import TaskOptions, class_stream, hold_out, task_stream
 
 if TYPE_CHECKING:
     from streams.benchmark import StreamBenchmark
 
-_THREADS = min(4, os.cpu_count() or 1)
-# below this, threads lose more to the interpreter's lock than they win from parallel decoding
+# below this, threads lose more to the interpreter's lock than they win from parallel decoding: one does best
 _THREADED_BYTES = 16_000
 _BLOCK_BYTES = 8_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
     """One image on disk with its class, what its fingerprint needs, and its task where the user gave one."""
 
@@ -130,6 +129,7 @@ def folder_source(
     crop_margin: float = 1.0,
     variant: Any = None,
     limit: int | None = None,
+    workers: int = 0,
 ) -> tuple[Source, tuple[str, ...]]:
     """A source over listed files, and its class names in order.
 
@@ -142,30 +142,44 @@ def folder_source(
         crop_margin: The short side is resized to ``image_size * crop_margin`` before the centre is cropped.
         variant: What else chose the files, as JSON can hold it.
         limit: What limited the lists.
+        workers: Threads that decode; of images of a few kB at most one, which then is faster than several.
     """
     names = tuple(natural({file.class_name: None for file in train}))
     check_same_classes(names, [file.class_name for file in test], str(root))
     files = [*train, *test]
     ids = {name: number for number, name in enumerate(names)}
     labels = np.array([ids[file.class_name] for file in files], dtype=np.int64)
-    # a table may change what a file is taken for without touching it
-    fingerprints = [
-        (os.path.relpath(file.path, root), file.num_bytes, file.mtime_ns, file.class_name, row < len(train))
-        for row, file in enumerate(files)
-    ]
     read = partial(read_image, image_size=image_size, crop_margin=crop_margin)
-    threads = _THREADS if sum(file.num_bytes for file in files) > _THREADED_BYTES * len(files) else 1
+    small = sum(file.num_bytes for file in files) < _THREADED_BYTES * len(files)
+    threads = min(workers, 1) if small else workers
     plan = partial(_plan, [file.path for file in files], labels, len(train), names, read, threads)
     options = {"image_size": image_size, "limit": limit, "crop_margin": crop_margin, "variant": variant}
-    return Source(kind, root, fingerprints, plan, options), names
+    return Source(kind, root, partial(_fingerprints, root, files, len(train)), plan, options), names
+
+
+def _fingerprints(
+    root: Path, files: Sequence[ImageFile], num_train: int
+) -> list[tuple[str, int, int, str, bool]]:
+    # a table may change what a file is taken for without touching it
+    return [
+        (os.path.relpath(file.path, root), file.num_bytes, file.mtime_ns, file.class_name, row < num_train)
+        for row, file in enumerate(files)
+    ]
 
 
 def folder_stream(
-    name: str, root: Path, train: Path, test: Path, options: TaskOptions, *, crop_margin: float = 1.0
+    name: str,
+    root: Path,
+    train: Path,
+    test: Path,
+    options: TaskOptions,
+    *,
+    crop_margin: float = 1.0,
+    storage: Storage | None = None,
 ) -> StreamBenchmark:
     """A stream over class folders of training and of test images."""
-    lists = [list_class_folders(folder, options.limit) for folder in (train, test)]
-    return stream_of_files(name, root, lists[0], lists[1], options, crop_margin=crop_margin)
+    files, test_files = (list_class_folders(folder, options.limit) for folder in (train, test))
+    return stream_of_files(name, root, files, test_files, options, crop_margin=crop_margin, storage=storage)
 
 
 def stream_of_files(
@@ -177,8 +191,10 @@ def stream_of_files(
     *,
     crop_margin: float = 1.0,
     variant: Any = None,
+    storage: Storage | None = None,
 ) -> StreamBenchmark:
     """A stream over listed files; ``variant`` is whatever else chose them."""
+    storage = storage or Storage()
     source, names = folder_source(
         name,
         root,
@@ -188,10 +204,11 @@ def stream_of_files(
         crop_margin=crop_margin,
         variant=variant,
         limit=options.limit,
+        workers=storage.workers,
     )
     # decoding can take hours: options that do not fit the classes are refused before it
     options.classes_per_task(len(names))
-    benchmark = class_stream(name, load(source), options)
+    benchmark = class_stream(name, load(source, storage), options)
     benchmark.crop_margin = crop_margin
     return benchmark
 
@@ -202,6 +219,7 @@ def stream_of_tasks(
     files: Mapping[str, Sequence[ImageFile]],
     tasks: Sequence[str],
     options: TaskOptions,
+    storage: Storage,
 ) -> StreamBenchmark:
     """A stream over files that say their tasks.
 
@@ -211,6 +229,7 @@ def stream_of_tasks(
         files: ``train``, ``test`` and, where these are given, ``validation``.
         tasks: All there are, in their order; each has images in ``train`` and in ``test``.
         options: The user's.
+        storage: Where the images stay.
     """
     tasks = tasks[: options.num_tasks_of(len(tasks), "tasks")]
     ids = {task: number for number, task in enumerate(tasks)}
@@ -226,9 +245,10 @@ def stream_of_tasks(
         image_size=options.image_size,
         variant=[options.test_fraction, len(tasks)],
         limit=options.limit,
+        workers=storage.workers,
     )
     of_task = torch.tensor([ids[file.task] for file in (*train, *test, *valid)])
-    benchmark = task_stream(name, load(source), of_task, tasks, len(valid), options.validation)
+    benchmark = task_stream(name, load(source, storage), of_task, tasks, len(valid), options.validation)
     benchmark.crop_margin = 1.0
     return benchmark
 
@@ -259,17 +279,14 @@ def _plan(
     first = read(paths[0])
     shape = (first.shape[0], first.shape[1], first.shape[2])
     read_same = partial(_read_same, read=read, shape=shape, like=paths[0])
-    per_block = max(threads, _BLOCK_BYTES // first.size)
-    return Plan(labels, num_train, names, shape, partial(_blocks, paths, read_same, per_block, threads))
+    files = ImageFiles(paths, read_same, shape, threads)
+    per_block = max(_BLOCK_BYTES // first.size, 1)
+    return Plan(labels, num_train, names, shape, partial(_blocks, files, per_block), files)
 
 
-def _blocks(
-    paths: Sequence[str], read: Callable[[str], np.ndarray], per_block: int, threads: int
-) -> Iterator[np.ndarray]:
-    with ThreadPoolExecutor(threads) as pool:
-        run = pool.map if threads > 1 else map
-        for start in range(0, len(paths), per_block):
-            yield np.stack(list(run(read, paths[start : start + per_block])))
+def _blocks(files: ImageFiles, per_block: int) -> Iterator[np.ndarray]:
+    rows = torch.arange(files.shape[0])
+    return (images.numpy() for images in files.read_ahead(rows.split(per_block)))
 
 
 def _read_same(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lifelong_ens.errors import InputError
 
@@ -75,6 +75,9 @@ def split_imagenet(
     validation: float = 0.0,
     image_size: int = 224,
     limit: int | None = None,
+    storage: Literal["cache", "files"] = "cache",
+    workers: int = 4,
+    cache_gb: float | None = None,
 ) -> StreamBenchmark:
     """Tasks of different objects: ImageNet, the centre of each image after resizing its short side.
 
@@ -86,12 +89,16 @@ def split_imagenet(
         validation: Fraction of each class's training images that is held out for validation.
         image_size: Height and width of the centre crop; the short side is resized to 256/224 of it.
         limit: Use at most this many training and test images per class.
+        storage: cache keeps decoded images on disk, in $LIFELONG_ENS_CACHE; files decodes each whenever it is needed.
+        workers: Threads that decode files; files of a few kB are decoded fastest by one, and are.
+        cache_gb: Refuse to cache more than so many GB of decoded images.
     """
+    from streams.cache import Storage
     from streams.folders import folder_stream, require_folder
     from streams.tasks import TaskOptions
 
+    stored = Storage(storage, workers, cache_gb)
     options = TaskOptions(num_tasks, seed, class_order, validation, limit, image_size)
     folder = require_folder(root, "class folders train/<wnid>/*.JPEG and val/<wnid>/*.JPEG")
-    return folder_stream(
-        "split_imagenet", folder, folder / "train", folder / "val", options, crop_margin=256 / 224
-    )
+    parts = folder / "train", folder / "val"
+    return folder_stream("split_imagenet", folder, *parts, options, crop_margin=256 / 224, storage=stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +106,7 @@ def permuted_mnist(
 
     options = TaskOptions(num_tasks, seed, None, validation, limit, image_size)
     store = _load_mnist(root, image_size)
-    pixels = store.images[0, 0].numel()
+    pixels = math.prod(store.images.shape[2:])
     transforms: list[Permute | None] = [None]
     for task in range(1, num_tasks):
         order = np.random.default_rng([seed, task]).permutation(pixels)

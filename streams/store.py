@@ -1,4 +1,4 @@
-"""Images decoded once into one uint8 tensor, and the plan by which a source is decoded."""
+"""Images decoded once into one uint8 tensor, or read from files, and the plan by which a source is decoded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lifelong_ens.errors import InputError
+from lifelong_ens.training.data import ImageReader
 
 Blocks = Callable[[], Iterator[np.ndarray]]
+# enough for means that are right to about one grey level of 256
+STATISTICS_IMAGES = 1024
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -22,7 +25,7 @@ class ImageStore:
     """All images of a source, training images first.
 
     Attributes:
-        images: uint8 ``(n, C, H, W)``; may be memory-mapped.
+        images: uint8 ``(n, C, H, W)``; may be memory-mapped, or read from files.
         labels: Class ids, int64 ``(n,)``.
         num_train: How many of the first images are training images.
         mean: Of the training images per channel, on the scale 0..255, ``(C,)``.
@@ -30,7 +33,7 @@ class ImageStore:
         class_names: The name of each class id.
     """
 
-    images: Tensor
+    images: Tensor | ImageReader
     labels: Tensor
     num_train: int
     mean: Tensor
@@ -48,6 +51,7 @@ class Plan:
         class_names: The name of each class id.
         image_shape: ``(C, H, W)`` of one image.
         blocks: Starts decoding: yields uint8 ``(k, C, H, W)`` in the order of ``labels``.
+        reader: Decodes any of the images; ``None`` where they can be decoded only all together.
     """
 
     labels: np.ndarray
@@ -55,6 +59,7 @@ class Plan:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     blocks: Blocks
+    reader: ImageReader | None = None
 
     @property
     def images_bytes(self) -> int:
@@ -103,6 +108,26 @@ def decode(plan: Plan, name: str) -> Iterator[tuple[int, np.ndarray]]:
             bar.update(len(block))
 
 
+def from_reader(plan: Plan) -> ImageStore:
+    """Images that are decoded whenever they are needed.
+
+    Mean and standard deviation are those of ``STATISTICS_IMAGES`` training images spread evenly, or of all if these
+    are no more.
+
+    Raises:
+        ValueError: The plan has no reader.
+    """
+    if plan.reader is None:
+        raise ValueError("these images can be decoded only all together")
+    count = min(plan.num_train, STATISTICS_IMAGES)
+    rows = torch.arange(count) * plan.num_train // count
+    statistics = ChannelStatistics(plan.image_shape[0])
+    for images in plan.reader.read_ahead(rows.split(32)):
+        statistics.update(images.numpy())
+    mean, std = map(torch.from_numpy, statistics.result())
+    return ImageStore(plan.reader, torch.from_numpy(plan.labels), plan.num_train, mean, std, plan.class_names)
+
+
 def train_part(plan: Plan, first: int, block: np.ndarray) -> np.ndarray:
     """The training images of a block that starts at image ``first``."""
     return block[: max(plan.num_train - first, 0)]
@@ -126,7 +151,7 @@ def _require_memory(plan: Plan, name: str) -> None:
         raise InputError(
             f"{name}: {len(plan.labels)} decoded images need {plan.images_bytes / 1e9:.1f} GB, this machine "
             f"has {memory / 1e9:.1f} GB of memory; set LIFELONG_ENS_CACHE to a folder with that much disk "
-            "space, or pass a smaller image_size or limit"
+            "space, or pass a smaller image_size or limit, or, for image files, storage=files"
         )
 
 

@@ -6,7 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lifelong_ens.errors import InputError, nearest
 
@@ -39,6 +39,9 @@ def image_table(
     validation: float = 0.0,
     image_size: int = 64,
     limit: int | None = None,
+    storage: Literal["cache", "files"] = "cache",
+    workers: int = 4,
+    cache_gb: float | None = None,
 ) -> StreamBenchmark:
     """Tasks of your own images as a table says: columns path, label, task and, if you like, split.
 
@@ -55,10 +58,15 @@ def image_table(
             the column split, which says train, test or validation, marks none.
         image_size: Height and width: the short side is resized to it, then the centre is cropped.
         limit: Use at most this many training and test images per label of a task.
+        storage: cache keeps decoded images on disk, in $LIFELONG_ENS_CACHE; files decodes each whenever it is needed.
+        workers: Threads that decode files; files of a few kB are decoded fastest by one, and are.
+        cache_gb: Refuse to cache more than so many GB of decoded images.
     """
+    from streams.cache import Storage
     from streams.folders import hold_out_files, stream_of_tasks
     from streams.tasks import TaskOptions
 
+    stored = Storage(storage, workers, cache_gb)
     options = TaskOptions(num_tasks, seed, None, validation, limit, image_size, test_fraction)
     path = Path(table).expanduser()
     rows = _rows(path, path.parent if root is None else Path(root).expanduser())
@@ -68,7 +76,8 @@ def image_table(
         rows = [replace(row, split="test" if out else "train") for row, out in zip(rows, held, strict=True)]
     _check_tasks(rows)
     parts = {split: [row.file for row in rows if row.split == split] for split in _SPLITS}
-    return stream_of_tasks("image_table", path, parts, _in_order([row.file.task for row in rows]), options)
+    tasks = _in_order([row.file.task for row in rows])
+    return stream_of_tasks("image_table", path, parts, tasks, options, stored)
 
 
 def _rows(path: Path, root: Path) -> list[_Row]:

@@ -61,7 +61,8 @@ def torchvision_source(
         _download(files, root, otherwise)
     status = [(name, (folder / name).stat()) for name in files.names]
     found = [(f"{files.folder}/{name}", s.st_size, s.st_mtime_ns) for name, s in status]
-    return Source(kind, root, found, partial(_plan, files, root, image_size), {"image_size": image_size})
+    plan = partial(_plan, files, root, image_size)
+    return Source(kind, root, lambda: found, plan, {"image_size": image_size})
 
 
 def _missing(folder: Path, files: FileSet) -> list[str]:

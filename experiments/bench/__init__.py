@@ -19,13 +19,15 @@ ROWS: dict[str, str] = {
     "sparse": "experiments.bench.smaller:sparse",
     "loop": "experiments.bench.loop:loop",
     "evaluation": "experiments.bench.evaluation:evaluation",
+    "streaming": "experiments.bench.streaming:streaming",
 }
 # rows of what runs on a CPU alone, or is nothing but Python
-CPU_ONLY = frozenset({"sparse", "loop", "evaluation"})
+CPU_ONLY = frozenset({"sparse", "loop", "evaluation", "streaming"})
 # what --quick changes beside the number of rounds
 QUICK: dict[str, dict[str, Any]] = {
     "ensemble_inference": {"batch_sizes": (1, 32)},
     "add_task": {"tasks": (10, 100)},
     "loop": {"batch_sizes": (64,)},
     "evaluation": {"num_tasks": 20},
+    "streaming": {"images_per_class": 10},
 }

@@ -169,7 +169,7 @@ def _bare(case: Case, tasks: list[ImageData], work: Work) -> Train:
 
     def train(task: int) -> None:
         data = tasks[task]
-        pixels, labels = data.images[data.rows], data.labels
+        pixels, labels = data.images.index_select(0, data.rows), data.labels
         mean, std = data.mean.view(-1, 1, 1), data.std.view(-1, 1, 1)
         optimizer = torch.optim.SGD(network.parameters(), LEARNING_RATE, MOMENTUM)
         for _ in range(case.epochs):
@@ -248,7 +248,7 @@ class PilImages(MNIST):
     """Images that come out as torchvision's own data set gives them."""
 
     def __init__(self, data: ImageData) -> None:
-        self.data, self.targets = data.images[data.rows, 0], data.labels
+        self.data, self.targets = data.images.index_select(0, data.rows)[:, 0], data.labels
         self.transform = self.target_transform = None
 
 

@@ -1,12 +1,31 @@
-"""Labelled images that live in memory as uint8 and are read in whole batches."""
+"""Labelled images that live in memory, or are decoded when they are needed, as uint8 and are read in whole batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class ImageReader(Protocol):
+    """Images that are not in memory.
+
+    Attributes:
+        shape: ``(stored, C, H, W)``.
+    """
+
+    shape: tuple[int, int, int, int]
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """As of a uint8 tensor; ``dim`` is 0."""
+        ...
+
+    def read_ahead(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """What ``index_select`` gives for each batch of rows, the next ones read while one is used."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -17,7 +36,7 @@ class ImageData:
     all its rows at once, moves bytes (not floats) to the device and normalises there.
 
     Attributes:
-        images: The store, uint8 ``(stored, C, H, W)``; may be memory-mapped.
+        images: The store, uint8 ``(stored, C, H, W)``; may be memory-mapped, or read from files.
         rows: Which rows of the store belong here, int64 ``(n,)``.
         labels: Class ids from zero, int64 ``(n,)``.
         mean: Per channel, on the scale of the bytes (0..255), float32 ``(C,)``.
@@ -25,7 +44,7 @@ class ImageData:
         transform: Deterministic map of a normalised batch ``(batch, C, H, W)``, such as a pixel permutation.
     """
 
-    images: Tensor
+    images: Tensor | ImageReader
     rows: Tensor
     labels: Tensor
     mean: Tensor
@@ -59,11 +78,16 @@ class ImageData:
         # whatever is the same for all batches is done once: a small network's step takes less than a millisecond
         mean, std = (scale.to(device).view(-1, 1, 1) for scale in (self.mean, self.std))
         labels = self.labels.to(device, non_blocking=True).split(batch_size)
-        for rows, batch_labels in zip(self.rows.split(batch_size), labels, strict=True):
-            pixels = self.images.index_select(0, rows).to(device, non_blocking=True)
-            images = pixels.float().sub_(mean).div_(std)
+        for pixels, batch_labels in zip(self._pixels(batch_size), labels, strict=True):
+            images = pixels.to(device, non_blocking=True).float().sub_(mean).div_(std)
             # labels of their own: what autograd keeps of them is measured by their storage
             yield images if self.transform is None else self.transform(images), batch_labels.clone()
+
+    def _pixels(self, batch_size: int) -> Iterator[Tensor]:
+        batches = self.rows.split(batch_size)
+        if isinstance(self.images, Tensor):
+            return (self.images.index_select(0, rows) for rows in batches)
+        return self.images.read_ahead(batches)
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -38,6 +38,13 @@ TINY = {
     "sparse": ["--batch_size=2", "--width=32"],
     "loop": ["--images=70", "--epochs=1", "--batch_sizes=[64]"],
     "evaluation": ["--num_tasks=3", "--images=4"],
+    "streaming": [
+        "--images=6",
+        "--image_size=16",
+        "--classes=[10,11]",
+        "--images_per_class=2",
+        "--workers=1",
+    ],
 }
 # who may fail, and only at what is shown as failing; any peer package may be absent
 MAY_BREAK = {"torch-uncertainty", "tabm"}
