@@ -49,7 +49,8 @@ examples:
   lifelong-ens list batch_ensemble
 
 exit codes:
-  0 done   1 doctor found that something is missing   2 input that cannot be used, said in one line
+  0 done   1 doctor found that something is missing, or another process of a run on several devices died
+  2 input that cannot be used, said in one line
   130 stopped by Ctrl-C, 143 by SIGTERM; the same command goes on. A second Ctrl-C stops at once.
 """
 

@@ -25,7 +25,9 @@ from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
 from lifelong_ens.report import Report
 from lifelong_ens.report.page import write_page
+from lifelong_ens.training.devices import Devices
 from lifelong_ens.training.fit import Fit
+from lifelong_ens.training.joining import joined
 from lifelong_ens.training.loop import Optimisation
 from strategies.base import Strategy
 
@@ -44,6 +46,7 @@ def compare(
     force: bool = False,
     progress: bool = True,
     log_to: Sequence[str] = (),
+    devices: int | None = None,
 ) -> Report:
     """Run every strategy over the stream with every seed and report on all.
 
@@ -60,6 +63,8 @@ def compare(
         force: Repeat runs whose records are there.
         progress: Show what runs: live in a terminal, elsewhere in the log, at its level INFO.
         log_to: ``tensorboard`` (in ``OUT/tensorboard``), ``wandb`` or both.
+        devices: Processes, each with a device of its own, that share the rows of every step; they are started where
+            torchrun or SLURM has not. Each runs the script that calls this, and gets the report.
 
     Raises:
         NonFiniteLossError: Some runs met a loss that is no number; raised after all others are done.
@@ -71,7 +76,16 @@ def compare(
         for name, build in strategies.items()
     ]
     make = stream if callable(stream) else lambda **_: stream
-    return run_cells(cells, make, out=out, device=device, force=force, progress=progress, log_to=log_to)
+    return run_cells(
+        cells,
+        make,
+        out=out,
+        device=device,
+        force=force,
+        progress=progress,
+        log_to=log_to,
+        devices=devices,
+    )
 
 
 def run_cells(
@@ -83,20 +97,36 @@ def run_cells(
     force: bool = False,
     progress: bool = True,
     log_to: Sequence[str] = (),
+    devices: int | None = None,
 ) -> Report:
     """Run every cell that has no record yet, one after the other; see ``compare``."""
     if not cells:
         raise InputError("nothing to run: name at least one strategy and one seed.")
     chosen, log_to = choose_device(device), check_loggers(log_to)
+    with joined(devices, chosen) as here:
+        if here.first:
+            return here.same(_run_cells(cells, make_benchmark, out, here, force, progress, log_to))
+        # the others show, log and keep nothing: their files go with their scratch folder
+        return here.same(_run_cells(cells, make_benchmark, None, here, force, False, ()))
 
+
+def _run_cells(
+    cells: Sequence[tuple[Cell, BuildStrategy]],
+    make_benchmark: Callable[..., CLScenario],
+    out: str | Path | None,
+    devices: Devices,
+    force: bool,
+    progress: bool,
+    log_to: Sequence[str],
+) -> Report:
     @functools.lru_cache(maxsize=1)  # the strategies of a seed share its benchmark
     def benchmark_of(seed: int) -> CLScenario:
-        return make_benchmark(**taken(make_benchmark, {"seed": seed}))
+        return devices.first_alone(lambda: make_benchmark(**taken(make_benchmark, {"seed": seed})))
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if out is None else out)
         check_writable(folder)
-        warm_up(chosen)
+        warm_up(devices.device)
         problems: list[tuple[str, InputError]] = []
         if force:
             for cell, _ in cells:
@@ -105,17 +135,17 @@ def run_cells(
         display = Display([cell for cell, _ in cells], folder, progress)
         try:
             for cell, build in cells:
-                problem = _run_or_skip(cell, benchmark_of, build, folder, chosen, display, log_to)
+                problem = _run_or_skip(cell, benchmark_of, build, folder, devices, display, log_to)
                 problems += [(cell.strategy.name, problem)] if problem else []
         except KeyboardInterrupt as stop:
             stop.args = (display.say_stopped(),)
             if out is not None:
                 _write_report(folder)
             raise
-        report = Report.load(folder) if len(problems) < len(cells) else None
+        report = Report.load(folder) if len(problems) < len(cells) and devices.first else None
         if out is not None:
             _write_report(folder, report)
-    raise_or_warn(problems, stop=report is None)
+    raise_or_warn(problems, stop=len(problems) == len(cells))
     return report  # pyright: ignore[reportReturnType]
 
 
@@ -171,15 +201,15 @@ def _run_or_skip(
     benchmark_of: Callable[[int], CLScenario],
     build: BuildStrategy,
     folder: Path,
-    device: torch.device,
+    devices: Devices,
     display: Display,
     log_to: Sequence[str],
 ) -> InputError | None:
     """Run a cell unless it has its record; returns why it could not be run to its end."""
     try:
-        record = finished_record(cell, folder)
+        record = devices.same(finished_record(cell, folder))
         if record is None:
-            record = _run(cell, benchmark_of(cell.seed), build, folder, device, display, log_to)
+            record = _run(cell, benchmark_of(cell.seed), build, folder, devices, display, log_to)
         else:
             state_tuning(cell, record, folder)
         display.finished(cell, record)
@@ -195,12 +225,12 @@ def _run(
     benchmark: CLScenario,
     build: BuildStrategy,
     folder: Path,
-    device: torch.device,
+    devices: Devices,
     display: Display,
     log_to: Sequence[str],
 ) -> dict[str, Any]:
     def build_here(seed: int) -> SupervisedTemplate:
-        return build(**taken(build, {"device": device, "benchmark": benchmark, "seed": seed}))
+        return build(**taken(build, {"device": devices.device, "benchmark": benchmark, "seed": seed}))
 
     tests = [experience.dataset for experience in benchmark.streams["test"]]  # pyright: ignore
     keep_samples(tests, folder, cell.setting, cell.seed)
@@ -211,7 +241,7 @@ def _run(
             pace.task()
             told.task(measured)
 
-        run = Run(cell, benchmark, build_here, folder, pace.step, told.epoch, on_task)
+        run = Run(cell, benchmark, build_here, folder, pace.step, told.epoch, on_task, devices)
         if isinstance(run.strategy, Strategy):
             run.strategy.on_phase = pace.phase
         run.resume()

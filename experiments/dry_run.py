@@ -21,6 +21,7 @@ from experiments.plan import Plan
 from experiments.run import Cell, Named, device_name, digest, finished_record
 from lifelong_ens.errors import InputError
 from lifelong_ens.report.headline import duration, quantity
+from lifelong_ens.training.joining import started
 
 if TYPE_CHECKING:
     from experiments.tune import TuningPlan
@@ -74,8 +75,10 @@ def dry_run(plan: Plan) -> str:
     """The stream, a table with a row for every strategy, and what else is to be known of a plan; nothing is written.
 
     Raises:
-        InputError: There are no images, or no such device.
+        InputError: There are no images, or no such device, or several devices are asked for.
     """
+    if started() is not None or (plan.devices or 1) > 1:
+        raise InputError("--dry_run measures on one device: leave out --devices, torchrun and srun.")
     device = choose_device(plan.device)
     first = plan.cells[0][0]
     benchmark = plan.make_benchmark(**taken(plan.make_benchmark, {"seed": first.seed}))

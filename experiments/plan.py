@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import yaml
 from experiments import catalogue
 from experiments.compare import BuildStrategy, run_cells, strategy_builder
 from experiments.logs import check_loggers
-from experiments.options import Owner, check_required, make_fit, of_owner, read_options
+from experiments.options import Owner, check_required, make_fit, of_owner, read_options, typed
 from experiments.run import Cell, Named
 from lifelong_ens.errors import InputError
 from lifelong_ens.report import Report
@@ -32,7 +32,14 @@ GENERAL = {
     "out": None,
     "device": "auto",
 }
-COMPARE = {"task_inference": "none", "evaluate": "new", "force": False, "tuning": None, "log_to": None}
+COMPARE = {
+    "task_inference": "none",
+    "evaluate": "new",
+    "force": False,
+    "tuning": None,
+    "log_to": None,
+    "devices": None,
+}
 # options of measuring, and what each may be
 MEASURED = {"task_inference": ("none", "entropy", "max_probability"), "evaluate": ("new", "all")}
 TUNE = {"trials": 20, "num_tasks_used": 3, "search": None}
@@ -87,7 +94,7 @@ class Experiment:
         fit = dataclasses.replace(self.fit, **training)
         build = strategy_builder(owner.function, self.make_network, self.network.options, fit, **own)
         named = Named(strategy, options)
-        return Cell(self.stream, named, self.network, asdict(self.fit), seed, **more), build
+        return Cell(self.stream, named, self.network, self.fit.as_dict(), seed, **more), build
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,7 @@ class Plan:
     device: str
     force: bool
     log_to: tuple[str, ...] = ()
+    devices: int | None = None
 
     def run(self) -> Report:
         """Run what has no record yet and report on everything."""
@@ -110,6 +118,7 @@ class Plan:
             device=self.device,
             force=self.force,
             log_to=self.log_to,
+            devices=self.devices,
         )
 
 
@@ -127,6 +136,7 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
     general = experiment.general
     measured = {name: _one_of(name, general[name], values) for name, values in MEASURED.items()}
     tuning = _tuning(experiment, general["tuning"])
+    devices = None if general["devices"] is None else typed("devices", general["devices"], int)
     cells = [
         experiment.cell(name, seed, experiment.options(name), **measured, tuning=tuning.get(name))
         for seed in experiment.seeds
@@ -142,6 +152,7 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
         str(general["device"]),
         bool(general["force"]),
         check_loggers(names),
+        devices,
     )
 
 

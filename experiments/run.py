@@ -23,9 +23,10 @@ from avalanche.benchmarks import CLExperience, CLScenario
 from avalanche.training.templates import SupervisedTemplate
 
 from experiments.examination import Evaluate, Examination
-from lifelong_ens.errors import DamagedFileError, InputError, NonFiniteLossError
+from lifelong_ens.errors import DamagedFileError, InputError, NonFiniteLossError, UnfitNetworkError
 from lifelong_ens.report.records import SCHEMA, check_record
 from lifelong_ens.store import read_json, read_tensors, tensors_sha256, write_json, write_tensors
+from lifelong_ens.training.devices import ALONE, Devices
 from lifelong_ens.training.seeding import seeded
 from strategies.base import Strategy
 from strategies.costs import component_sizes, forward_cost, metered, network_of
@@ -135,6 +136,7 @@ class Run:
         on_step: Called after every training step.
         on_epoch: Called with the mean loss after every epoch.
         on_task: Called when a task is finished, with what has been measured so far.
+        devices: That train it; the first process alone writes and reads files.
     """
 
     def __init__(
@@ -146,10 +148,18 @@ class Run:
         on_step: Callable[[], object] | None = None,
         on_epoch: Callable[[float], object] | None = None,
         on_task: Callable[[Progress], object] | None = None,
+        devices: Devices = ALONE,
     ) -> None:
-        self.cell, self.benchmark, self.out = cell, benchmark, out
+        self.cell, self.benchmark, self.out, self.devices = cell, benchmark, out, devices
         with _seeded(cell.seed):
             self.strategy = build(cell.seed)
+        if isinstance(self.strategy, Strategy):
+            self.strategy.share_with(devices)
+        elif devices.count > 1:
+            raise UnfitNetworkError(
+                f"{cell.strategy.name} does not run on several devices: it is Avalanche's own, not a "
+                "strategies.Strategy; run it on one."
+            )
         self.costs = metered(self.strategy)
         self.costs.on_step, self.costs.on_epoch, self.on_task = on_step, on_epoch, on_task
         self.experiences: list[CLExperience] = list(benchmark.streams["train"])
@@ -190,23 +200,28 @@ class Run:
             ) from error
         self.doing = "writing"
         record = self._record()
-        write_json(self.record_path, record)
+        if self.devices.first:
+            write_json(self.record_path, record)
         return record
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one; a damaged one is named and left aside."""
         if not isinstance(self.strategy, Strategy):
             return
+        found = self.devices.same(self._newest_checkpoint() if self.devices.first else None)
+        if found is not None:
+            self._restore(self.strategy, *found)
+            log.info("%s: going on after task %d", self.cell.label(), len(self.progress.tasks))
+
+    def _newest_checkpoint(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """What was saved and the state's tensors."""
         for path in sorted(self.checkpoints.glob("task_*.json"), reverse=True):
             try:
                 saved = read_json(path)
-                tensors = read_tensors(path.with_suffix(".safetensors"), saved["sha256"])
-                self._restore(self.strategy, saved, tensors)
+                return saved, read_tensors(path.with_suffix(".safetensors"), saved["sha256"])
             except (DamagedFileError, FileNotFoundError) as error:
                 log.warning("%s: starting this run again: %s", self.cell.label(), error)
-                continue
-            log.info("%s: going on after task %d", self.cell.label(), len(self.progress.tasks))
-            return
+        return None
 
     def _restore(self, strategy: Strategy, saved: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
         progress = Progress(**saved["progress"])
@@ -228,12 +243,17 @@ class Run:
         self.progress.task_labels += [label for one in experiences for label in one.task_labels]  # pyright: ignore
         entry = self._measure(task)
         state = self.checkpoints / f"task_{task + 1:04d}.safetensors"
-        state_digest = write_tensors(state, network_of(self.strategy).state_dict())
-        entry["disk_bytes"] = state.stat().st_size
+        tensors, state_digest = network_of(self.strategy).state_dict(), ""
+        if self.devices.count > 1:
+            self.devices.check_alike(tensors_sha256(tensors), self.cell.strategy.name)
+        if self.devices.first:
+            state_digest = write_tensors(state, tensors)
+            entry["disk_bytes"] = state.stat().st_size
         entry |= self._evaluate(task)
         entry["seconds_evaluation"] = self.progress.seconds_evaluation
         self.progress.tasks.append(entry)
-        self._commit_checkpoint(state, state_digest)
+        if self.devices.first:
+            self._commit_checkpoint(state, state_digest)
         self.doing = ""
         if self.on_task is not None:
             self.on_task(self.progress)
@@ -320,7 +340,8 @@ class Run:
             "state_sha256": tensors_sha256(network_of(self.strategy).state_dict()),
             "versions": {package: version(package) for package in PACKAGES},
             "commit": commit_here(),
-            "device": device_name(self.strategy.device),
+            "device": f"{self.devices.count} x " * (self.devices.count > 1)
+            + device_name(self.strategy.device),
             "started": self.started,
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
         }

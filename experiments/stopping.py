@@ -22,6 +22,8 @@ class Stopping:
     error; files are written in one step, so that none is left half. From then on another signal ends the process
     there and then, without a traceback, whatever is being tidied up.
 
+    Of several processes of one run the first alone hears signals; the others end when it does.
+
     An exception that is raised in a callback, such as those of the garbage collector, is lost: it is raised again
     until somebody handles it.
 
@@ -53,7 +55,8 @@ class Stopping:
             sys.unraisablehook = self._report_unraisable
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._hear)
+                    hear = self._hear if _rank() == 0 else signal.SIG_IGN
+                    self._before[number] = signal.signal(number, hear)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -86,3 +89,9 @@ class Stopping:
     def _report_unraisable(self, lost: Any) -> None:
         if not issubclass(lost.exc_type, KeyboardInterrupt):
             self._unraisable(lost)
+
+
+def _rank() -> int:
+    """Which this is of the processes that torchrun, srun or a first process has started."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))

@@ -62,7 +62,7 @@ class StrategyStudy:
                 "stream": self.experiment.stream.as_dict(),
                 "network": self.experiment.network.as_dict(),
                 "strategy": named.as_dict(),
-                "fit": asdict(self.experiment.fit),
+                "fit": self.experiment.fit.as_dict(),
                 "search": {name: space.text for name, space in self.spaces.items()},
                 "num_tasks_used": self.num_tasks_used,
                 "seeds": self.experiment.seeds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from lifelong_ens.accounting.components import component_of_modules
 from lifelong_ens.accounting.meter import TrainingMeter
-from lifelong_ens.errors import InputError, NonFiniteLossError
+from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
 from lifelong_ens.networks.task import TaskNetwork
+from lifelong_ens.training.devices import ALONE, Devices
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import EarlyStopping, Optimisation, compiled, mean_loss, run_epoch
 from lifelong_ens.training.losses import member_loss
+from lifelong_ens.training.seeding import derived_seed
+from lifelong_ens.training.sharing import Sharing
 from strategies.evaluation import accuracy
 from strategies.loader import Batch, BatchLoader, together
 from strategies.model import TaskModel, task_indices
@@ -55,6 +58,8 @@ class Strategy(SupervisedTemplate):
         on_phase: Called with a few words, such as ``trial 3/20``, when a part of a task's training begins.
         extra_rows: How many rows a step passes forward and backward beside its mini-batch, for the meter.
         epoch_loss: Mean training loss of the last epoch.
+        devices: Those that share the rows of every step; see ``share_with``.
+        sharing: How a step is put together, where it is computed on several devices or in several parts.
 
     Args:
         network: What is trained.
@@ -108,6 +113,9 @@ class Strategy(SupervisedTemplate):
         self.skip_step: Callable[[int], bool] | None = None
         self.extra_rows = 0
         self.epoch_loss = math.nan
+        self.devices = ALONE
+        self.sharing = Sharing(ALONE, fit.accumulate) if fit.accumulate > 1 else None
+        self._passes = 0
         self._losses: list[Tensor] = []
         self._task_label: int | None = None
 
@@ -118,6 +126,29 @@ class Strategy(SupervisedTemplate):
             if self.joint:
                 experiences = together(experiences)
             return super().train(experiences, [] if eval_streams is None else eval_streams, **kwargs)
+
+    def share_with(self, devices: Devices) -> None:
+        """Share the rows of every step with other processes, each of which calls this on the same strategy.
+
+        All draw the same mini-batches and take the same steps. What a method computes from the rows of ``counted``, a
+        loss that is a mean over them apart, it sums over the processes with ``devices.total``; what it decides, it
+        decides on numbers that are the same in all of them. Dropout is drawn by each for its own rows.
+
+        Raises:
+            UnfitNetworkError: The method does not run on several devices.
+            InputError: Options of training do not.
+        """
+        if devices.count == 1:
+            return
+        if self.fit.compile:
+            raise InputError("compile does not run on several devices yet; leave --compile out.")
+        if self.fit.batch_size // self.fit.accumulate < devices.count:
+            parts = f" in {self.fit.accumulate} parts" if self.fit.accumulate > 1 else ""
+            raise InputError(
+                f"a batch_size of {self.fit.batch_size}{parts} is too small for {devices.count} devices, "
+                "each of which computes some of the images: take a larger batch_size, or fewer devices."
+            )
+        self.devices, self.sharing = devices, Sharing(devices, self.fit.accumulate)
 
     def fit_task(self, validation: Sequence[CLExperience]) -> None:
         """Train the newest task on ``self.dataloader``; a method with phases of its own overrides this.
@@ -138,7 +169,10 @@ class Strategy(SupervisedTemplate):
 
     @property
     def newest_loss(self) -> float | None:
-        """The loss of the last step; reading it waits for the device. None before the first step of an epoch."""
+        """The loss of the last step, as far as it is computed here; None before the first step of an epoch.
+
+        Reading it waits for the device.
+        """
         losses = self._losses
         return float(losses[-1]) if losses else None
 
@@ -180,6 +214,11 @@ class Strategy(SupervisedTemplate):
             # closing: when a step fails, the meter's with-blocks inside the generator end here and now
             with closing(self.counted(loader)) as batches:
                 if self._iteration_plugins() or not isinstance(loader, BatchLoader):
+                    if self.sharing is not None:
+                        raise UnfitNetworkError(
+                            "on several devices, or with accumulate, neither plugins that act on training steps nor "
+                            "data that is not read in whole batches are supported yet: run on one, without accumulate."
+                        )
                     self._epoch_with_callbacks(batches, **kwargs)
                 else:
                     self.epoch_loss = run_epoch(batches, self._loss_of, self.optimisation, self._losses)
@@ -235,7 +274,9 @@ class Strategy(SupervisedTemplate):
     def start_phase(self, epochs: int | None = None) -> None:
         """A fresh optimisation of what is trainable now; called at the start of every task."""
         steps = len(self.dataloader)  # pyright: ignore
-        self.optimisation = Optimisation(self.parameter_groups(), self.fit, steps, epochs, self.before_step)
+        self.optimisation = Optimisation(
+            self.parameter_groups(), self.fit, steps, epochs, self.before_step, self.sharing
+        )
         self.optimizer = self.optimisation.optimizer
         self.meter.new_phase()
 
@@ -244,6 +285,7 @@ class Strategy(SupervisedTemplate):
         if not hasattr(self.experience, "task_labels"):
             raise InputError("this strategy needs task labels; build the benchmark with task labels.")
         torch.manual_seed(self._task_seed(self.network.num_tasks))
+        self._passes = 0
         self.model = self.model_adaptation()
         self.model.train()
         self.start_phase()
@@ -299,28 +341,57 @@ class Strategy(SupervisedTemplate):
         loss, penalty = member_loss(logits, labels), self.penalty()
         return loss if penalty is None else loss + penalty
 
-    def counted(self, batches: Any, saved: bool = True) -> Generator[Batch, None, None]:
+    def counted(self, batches: Any, shared: bool = True, saved: bool = True) -> Generator[Batch, None, None]:
         """The batches, their rows counted; what is done with the first of a phase runs under the meter.
 
         Args:
             batches: Images, labels and what else belongs to them.
+            shared: Whether a device gives only those rows of a mini-batch that it computes, part by part; else each
+                computes everything.
             saved: As in ``TrainingMeter.measure``.
         """
-        for position, batch in enumerate(batches):
-            rows = len(batch[1]) + self.extra_rows
-            if not self.meter.measured:
-                # what is compiled cannot be counted
-                eager = torch.compiler.set_stance("force_eager") if self.fit.compile else nullcontext()
-                with self.meter.measure(self.network, rows, saved), eager:
-                    yield batch
-            elif self.skip_step is None or not self.skip_step(position):
-                yield batch
-            else:
-                self.meter.count(rows)
-                continue
-            self.meter.count(rows)
-            if self.on_step is not None:
-                self.on_step()
+        sharing = self.sharing if shared else None
+        position, left_out = -1, False
+        with nullcontext() if sharing is None else self._own_randomness():
+            for batch in batches if sharing is None else sharing.portions(batches):
+                starts, ends = (True, True) if sharing is None else (sharing.starts, sharing.ends)
+                position += starts
+                rows, every = self._rows(batch, sharing)
+                if not self.meter.measured:
+                    left_out = False
+                    # what is compiled cannot be counted
+                    eager = torch.compiler.set_stance("force_eager") if self.fit.compile else nullcontext()
+                    with self.meter.measure(self.network, rows, saved), eager:
+                        yield batch
+                else:
+                    if starts:
+                        left_out = self.skip_step is not None and self.skip_step(position)
+                    if not left_out:
+                        yield batch
+                self.meter.count(every)
+                if ends and not left_out and self.on_step is not None:
+                    self.on_step()
+
+    def _rows(self, batch: Sequence[Tensor], sharing: Sharing | None) -> tuple[int, int]:
+        """How many rows pass through the network here, and on all devices, with those beside the mini-batch."""
+        rows = len(batch[1])
+        every = rows * self.devices.count if sharing is None else sharing.rows
+        if self.extra_rows and (sharing is None or sharing.ends):
+            here, everywhere = self.devices.computed(self.extra_rows)
+            rows, every = rows + here, every + everywhere
+        return rows, every
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """On several devices, draw what dropout draws by each for itself, and nothing else by what it drew."""
+        self._passes += 1
+        if self.devices.count == 1:
+            yield
+            return
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            seed = derived_seed(self._task_seed(self.network.num_tasks), self._passes)
+            torch.manual_seed(derived_seed(seed, self.devices.rank))
+            yield
 
 
 def _overrides(plugin: Any, name: str) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from avalanche.benchmarks import CLExperience
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lifelong_ens.metrics.uncertainty import TaskInference, task_certainty
+from lifelong_ens.training.devices import ALONE
 from lifelong_ens.training.loop import evaluating
-from strategies.loader import evaluation_batches
+from strategies.loader import Batch, evaluation_batches
 from strategies.model import TaskModel, task_indices
 
+Answer = TypeVar("Answer")
 # log-probabilities (members, images, classes) and labels (images,)
 Answers = tuple[Tensor, Tensor]
 
@@ -102,13 +104,16 @@ def claims_of(
 ) -> Claims:
     """What each of these tasks says of an experience's images."""
     model: Any = strategy.model
-    certainty, label = [], []
+    batches = evaluation_batches(experience.dataset, batch_size, strategy.device)  # pyright: ignore
+
+    def answer(x: Tensor, _: Tensor) -> Claims:
+        logits = [model.network(x, task) for task in tasks]
+        certainty = torch.stack([_certainty(one, rule) for one in logits])
+        return Claims(certainty.cpu(), torch.stack([one.argmax(dim=-1) for one in logits]).cpu())
+
     with evaluating(model):
-        for x, _, _ in evaluation_batches(experience.dataset, batch_size, strategy.device):  # pyright: ignore
-            logits = [model.network(x, task) for task in tasks]
-            certainty.append(torch.stack([_certainty(one, rule) for one in logits]).cpu())
-            label.append(torch.stack([one.argmax(dim=-1) for one in logits]).cpu())
-    return Claims(torch.cat(certainty, dim=1), torch.cat(label, dim=1))
+        parts = _ask(strategy, batches, answer)[0]
+    return Claims(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
 
 
 def shares_found(
@@ -166,11 +171,29 @@ def _answers(
 ) -> Answers | None:
     if isinstance(model, TaskModel) and not set(experience.task_labels) <= set(model.tasks):  # pyright: ignore
         return None
-    log_probs, labels = [], []
-    for x, y, task_labels in evaluation_batches(experience.dataset, batch_size, strategy.device):  # pyright: ignore
-        log_probs.append(torch.log_softmax(_logits(model, x, task_labels).float(), dim=-1).cpu())
-        labels.append(y.cpu())
+    batches = evaluation_batches(experience.dataset, batch_size, strategy.device)  # pyright: ignore
+
+    def answer(x: Tensor, task_labels: Tensor) -> Tensor:
+        return torch.log_softmax(_logits(model, x, task_labels).float(), dim=-1).cpu()
+
+    log_probs, labels = _ask(strategy, batches, answer)
     return torch.cat(log_probs, dim=1), torch.cat(labels)
+
+
+def _ask(
+    strategy: SupervisedTemplate, batches: Iterable[Batch], answer: Callable[[Tensor, Tensor], Answer]
+) -> tuple[list[Answer], list[Tensor]]:
+    """What is answered, on the CPU, to the images and task labels of each batch; and the labels of its classes.
+
+    On several devices each answers some of the batches, and all of them know the answers.
+    """
+    devices = getattr(strategy, "devices", ALONE)
+    answers, labels = [], []
+    for index, (x, y, task_labels) in enumerate(batches):
+        if index % devices.count == devices.rank:
+            answers.append(answer(x, task_labels))
+        labels.append(y.cpu())
+    return devices.interleaved(answers), labels
 
 
 def _logits(model: nn.Module, x: Tensor, task_labels: Tensor) -> Tensor:

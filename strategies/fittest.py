@@ -46,7 +46,7 @@ def _features(strategy: Strategy, dataset: Any) -> tuple[Tensor, Tensor]:
     network: Any = strategy.network
     features, labels = [], []
     batches = evaluation_batches(dataset, strategy.eval_mb_size, strategy.device)
-    with evaluating(network), closing(strategy.counted(batches)) as counted:
+    with evaluating(network), closing(strategy.counted(batches, shared=False)) as counted:
         for x, y, _ in counted:
             members = [network.member_features(x, task) for task in range(network.num_tasks - 1)]
             features.append(torch.stack([one.transpose(0, 1).flatten(1) for one in members]).float().cpu())

@@ -103,10 +103,14 @@ class GradientMemory(RehearsalStrategy):
     def reference(self, rows: Tensor) -> Tensor:
         """The gradient of the mean loss of remembered images, ``(parameters,)``."""
         x, y, tasks = self.recall(rows)
+        weight = 1.0
+        if self.sharing is not None:
+            mine = self.sharing.take(len(y))
+            x, y, tasks, weight = x[mine], y[mine], tasks[mine], self.sharing.weight
         with self.optimisation.precision(self.device):
-            loss = member_loss(self.network(x, tasks), y)
+            loss = member_loss(self.network(x, tasks), y) * weight
         gradients = torch.autograd.grad(loss, self.optimisation.parameters, materialize_grads=True)
-        return _flat(gradients)
+        return self.devices.total(_flat(gradients))
 
 
 class AveragedGem(GradientMemory):

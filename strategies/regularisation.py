@@ -253,12 +253,17 @@ class ElasticWeightConsolidation(AnchoredStrategy):
         images = 0
         squares = vmap(grad(self._image_loss), in_dims=(None, 0, 0, None))
         self.meter.new_phase()
-        with evaluating(network), closing(self.counted(self._chunks(), saved=False)) as chunks:
-            for x, y, task in chunks:
+        chunks = self.devices.dealt(self._chunks())
+        with evaluating(network), closing(self.counted(chunks, shared=False, saved=False)) as counted:
+            for x, y, task in counted:
                 gradients = squares(weights, x, y, task)  # pyright: ignore[reportArgumentType]
                 total += torch.cat([gradients[name].square().sum(dim=0).flatten() for name in weights])
                 images += len(y)
-        return total / images
+        count = int(self.devices.total(torch.tensor(images)))
+        if self.meter.measured:
+            # it has counted as if each device had had as many as this one
+            self.meter.count(count - images * self.devices.count)
+        return self.devices.total(total) / count
 
     def _image_loss(self, weights: Mapping[str, Tensor], x: Tensor, y: Tensor, task: int) -> Tensor:
         logits = functional_call(self.network, dict(weights), (x.unsqueeze(0), task))

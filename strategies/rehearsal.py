@@ -59,12 +59,12 @@ class Replay(RehearsalStrategy):
         self._labels = torch.tensor([labels[task] for task in range(len(labels))], device=self.device)
         super().fit_task(validation)
 
-    def counted(self, batches: Any, saved: bool = True) -> Generator[Batch, None, None]:
+    def counted(self, batches: Any, shared: bool = True, saved: bool = True) -> Generator[Batch, None, None]:
         """See ``Strategy.counted``; with rows of earlier tasks among those of each batch."""
         if len(self.past):
             self._task_label = None
             batches = self._mixed(batches)
-        yield from super().counted(batches, saved)
+        yield from super().counted(batches, shared, saved)
 
     def _mixed(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[Batch]:
         for x, y, *_, labels in batches:

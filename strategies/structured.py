@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -12,9 +12,10 @@ from avalanche.benchmarks import CLExperience
 from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
-from lifelong_ens.errors import InputError
+from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.networks.choosing import choose, divergence, mean_importance
 from lifelong_ens.networks.structured import StructuredNetwork
+from lifelong_ens.training.devices import Devices
 from lifelong_ens.training.fit import Fit
 from lifelong_ens.training.loop import Optimisation
 from lifelong_ens.training.losses import member_loss
@@ -122,6 +123,15 @@ class StructuredEnsemble(Strategy):
             self.mask_epochs + 1
         )
 
+    def share_with(self, devices: Devices) -> None:
+        """See ``Strategy.share_with``."""
+        if devices.count > 1 and self.network.members_per_task > 1:
+            raise UnfitNetworkError(
+                "structured_ensemble with members_per_task above 1 does not run on several devices yet: which member "
+                "learns its scales from a row hangs on the row's place in the mini-batch; run it on one."
+            )
+        super().share_with(devices)
+
     def grows_by_learning(self) -> str | None:
         """See ``Strategy.grows_by_learning``."""
         return "layers are widened by what tasks leave free" if self.network.grow else None
@@ -131,7 +141,8 @@ class StructuredEnsemble(Strategy):
         network = self.network
         scales = network.start_scales()
         groups = [{"params": list(scales.values())}]
-        self.optimisation = Optimisation(groups, self.mask_fit, len(self.dataloader), self.mask_epochs)  # pyright: ignore
+        steps = len(self.dataloader)  # pyright: ignore
+        self.optimisation = Optimisation(groups, self.mask_fit, steps, self.mask_epochs, sharing=self.sharing)
         self.optimizer = self.optimisation.optimizer
         self.meter.new_phase()
         self._split = list(scales.values()) if network.members_per_task > 1 else []
@@ -152,7 +163,7 @@ class StructuredEnsemble(Strategy):
 
     def importance(self, scales: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
         """``|dL / ds|`` of every unit by layer, ``(members, units)``, averaged over the batches of one pass."""
-        loader = self.dataloader
+        loader, sharing = self.dataloader, self.sharing
         self._task_label = loader.task_label if isinstance(loader, BatchLoader) else None
 
         def losses() -> Iterator[Tensor]:
@@ -163,9 +174,10 @@ class StructuredEnsemble(Strategy):
                         logits = self._logits(batch[0])
                         mean = logits if logits.dim() == 2 else logits.mean(dim=0)
                         loss = member_loss(mean, batch[1])
-                    yield loss
+                    yield loss if sharing is None else loss * sharing.weight
 
-        return mean_importance(losses(), scales)
+        with nullcontext() if sharing is None else sharing.undivided():
+            return mean_importance(losses(), scales, self.devices.total)
 
     def penalty(self) -> Tensor | None:
         """The term for diversity, while members' scales are trained."""

@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="asked after a task where earlier answers cannot change: new, the task alone, or all (default: new)",
     )
     parser.add_argument(
+        "--devices",
+        metavar="N",
+        help="processes, each with a device of its own, that share every step (default: 1, or as torchrun started)",
+    )
+    parser.add_argument(
         "--log_to",
         action="append",
         metavar="LOGGER",
@@ -47,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run what has no record yet and print the headline; in a dry run, print the plan."""
     from experiments.plan import plan_comparison
+    from lifelong_ens.training.joining import is_first
 
     plan = plan_comparison(vars(parsed), rest)
     if parsed.dry_run:
@@ -54,7 +60,9 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
 
         print(dry_run(plan))
         return
-    show(plan.run(), plan.out)
+    report = plan.run()
+    if is_first():
+        show(report, plan.out)
 
 
 def _epilog() -> str:

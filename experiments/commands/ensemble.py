@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import catalogue
-from experiments.commands.shared import add_config, add_device, add_dry_run, add_force, add_seeds, show
+from experiments.commands.shared import (
+    add_config,
+    add_device,
+    add_dry_run,
+    add_force,
+    add_seeds,
+    refuse_devices,
+    show,
+)
 
 HELP = "train, measure and cost efficient ensembles"
 EXAMPLES = """
@@ -61,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run what has no record yet and print the headline; in a dry run, print the plan."""
+    refuse_devices("ensemble", rest)
     from experiments.ensembles.plan import plan_ensembles
 
     plan = plan_ensembles(vars(parsed), rest)

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import reproduce
-from experiments.commands.shared import add_device, add_dry_run, add_force, add_seeds, refuse
+from experiments.commands.shared import (
+    add_device,
+    add_dry_run,
+    add_force,
+    add_seeds,
+    refuse,
+    refuse_devices,
+)
 
 HELP = "a declared table: published numbers beside ours"
 EXAMPLES = """
@@ -39,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run what has no record yet and print the table, or the plan; without a name, name all of them."""
+    refuse_devices("reproduce", rest)
     if parsed.name is None:
         refuse(rest)
         print("\n".join(lines_of_all()))

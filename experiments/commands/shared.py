@@ -87,6 +87,23 @@ def print_table(table: Any) -> None:
     Console(highlight=False, markup=False).print(folded)
 
 
+def refuse_devices(command: str, rest: Sequence[str]) -> None:
+    """Of commands that run on one device.
+
+    Raises:
+        InputError: Several were asked for, or several processes have been started.
+    """
+    from lifelong_ens.training.joining import started
+
+    outside = started()
+    if outside is not None:
+        raise InputError(
+            f"{command} runs on one device: start it without {outside.by}; compare runs on several."
+        )
+    if any(word.partition("=")[0] == "--devices" for word in rest):
+        raise InputError(f"{command} runs on one device: leave --devices out; compare runs on several.")
+
+
 def refuse(rest: Sequence[str]) -> None:
     """Of commands that take no options by name.
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.commands.shared import add_dry_run, add_experiment, print_table
+from experiments.commands.shared import add_dry_run, add_experiment, print_table, refuse_devices
 from experiments.search import DEFAULT_SEARCH
 
 HELP = "choose options of strategies on validation images"
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     """Run the trials that are missing and print what was found; in a dry run, print the plan."""
+    refuse_devices("tune", rest)
     from experiments.tune import plan_tuning
 
     plan = plan_tuning(vars(parsed), rest)

@@ -56,7 +56,7 @@ class EnsembleCell:
         shared = [
             self.data.as_dict(),
             self.network.as_dict(),
-            asdict(self.fit),
+            self.fit.as_dict(),
             self.num_members,
             self.held_out,
         ]
@@ -109,7 +109,7 @@ def run_cell(
         },
         "method": cell.method.as_dict(),
         "network": cell.network.as_dict(),
-        "fit": asdict(cell.fit),
+        "fit": cell.fit.as_dict(),
         "asked_members": cell.num_members,
         "seed": cell.seed,
         "setting": cell.setting,

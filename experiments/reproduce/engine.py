@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def plan_reproduction(full: Reproduction, given: Mapping[str, Any], rest: Sequen
                 Named(wanted.stream, stream_options),
                 Named(row.strategy, row.recorded_options()),
                 Named(wanted.network, wanted.network_options),
-                asdict(fit),
+                fit.as_dict(),
                 seed,
             ),
             strategy_builder(

@@ -139,7 +139,7 @@ class Table:
         """What these runs were given instead of the declared settings."""
         full, record = self.reproduction, self.records[0]
         pairs = [
-            (asdict(make_fit(full.fit)), record["fit"]),
+            (make_fit(full.fit).as_dict(), record["fit"]),
             (full.stream_options, record["stream"].get("options", {})),
         ]
         for declared, given in pairs:

@@ -111,7 +111,7 @@ def run_row(
         "seed": seed,
         "setting": setting_key(setting, fit, corpus),
         "options": _shared(setting),
-        "fit": dataclasses.asdict(fit),
+        "fit": fit.as_dict(),
         "text": {
             "about": corpus.about,
             "pairs": {split: len(sentences) for split, sentences in task.sentences.items()},
@@ -142,7 +142,7 @@ def record_name(row: Row, setting: Setting, fit: Fit, corpus: Corpus, seed: int)
 
 def setting_key(setting: Setting, fit: Fit, corpus: Corpus) -> str:
     """8 hex digits that are the same for runs that may be compared: same text, network and training."""
-    return _digest([_shared(setting), dataclasses.asdict(fit), corpus.sha256])
+    return _digest([_shared(setting), fit.as_dict(), corpus.sha256])
 
 
 def _shared(setting: Setting) -> dict[str, Any]:

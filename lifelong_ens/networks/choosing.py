@@ -6,7 +6,7 @@ StructuredEnsemble).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 
 import torch
@@ -23,16 +23,24 @@ def member_of_rows(num_rows: int, num_members: int, device: torch.device | None 
     return torch.where(rows < block * num_members, rows // max(block, 1), 0)
 
 
-def mean_importance(losses: Iterable[Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``|dL / ds|`` of every scale, by layer and in its shape, averaged over the losses of batches."""
+def mean_importance(
+    losses: Iterable[Tensor], scales: Mapping[str, Tensor], total: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """``|dL / ds|`` of every scale, by layer and in its shape, averaged over the losses of batches.
+
+    Args:
+        losses: Of batches, or each a part of a batch's that is computed here.
+        scales: By layer.
+        total: The sum of what is computed here and elsewhere.
+    """
     totals = {name: torch.zeros_like(scale) for name, scale in scales.items()}
     count = 0
     for loss in losses:
         gradients = torch.autograd.grad(loss, list(scales.values()), materialize_grads=True)
-        for total, gradient in zip(totals.values(), gradients, strict=True):
-            total += gradient.abs()
+        for sums, gradient in zip(totals.values(), gradients, strict=True):
+            sums += (gradient if total is None else total(gradient)).abs()
         count += 1
-    return {name: total.detach() / max(count, 1) for name, total in totals.items()}
+    return {name: sums.detach() / max(count, 1) for name, sums in totals.items()}
 
 
 def divergence(scales: Sequence[Tensor]) -> Tensor:

@@ -73,13 +73,17 @@ RUNS = (
     Column(
         "flops_forward", "FLOPs", "of one image through the path of the task trained last; 1 MAC = 2 FLOPs"
     ),
-    Column("flops_training", "FLOPs", "of all training; weight gradients of frozen weights are not counted"),
+    Column(
+        "flops_training",
+        "FLOPs",
+        "of all training, on all devices; weight gradients of frozen weights are not counted",
+    ),
     Column("seconds_training", "seconds", "of all training"),
     Column("seconds_evaluation", "seconds", "of all evaluation"),
     *map(_ratio, COSTS),
     Column("disk_bytes", "bytes", "written to disk for the model after the last task"),
     _ratio("disk_bytes"),
-    Column("saved_bytes", "bytes", "saved for the backward pass, peak over all tasks"),
+    Column("saved_bytes", "bytes", "saved for the backward pass on one device, peak over all tasks"),
     *(_over(column, "the last one") for column in (_NLL, _ECE, _BRIER)),
     Column(
         "task_identification_accuracy", "[0, 1]", f"{_GUESSED_TASK}, mean over all tasks after the last one"
@@ -137,11 +141,15 @@ TASKS = (
     *(_over(column, "`trained_task`") for column in (_NLL, _ECE, _BRIER)),
     Column("flops_forward", "FLOPs", "of one image through the path of `trained_task`"),
     Column("flops_forward_rank1", "FLOPs", "the part of `flops_forward` spent on rank-1 products"),
-    Column("flops_training", "FLOPs", "of training so far"),
+    Column("flops_training", "FLOPs", "of training so far, on all devices"),
     Column("flops_training_rank1", "FLOPs", "the part of `flops_training` spent on rank-1 products"),
-    Column("saved_bytes", "bytes", "saved for the backward pass, peak while training `trained_task`"),
+    Column(
+        "saved_bytes",
+        "bytes",
+        "saved for the backward pass on one device, peak while training `trained_task`",
+    ),
     Column("disk_bytes", "bytes", "written to disk for the model after `trained_task`"),
-    Column("seconds_training", "seconds", "of training so far"),
+    Column("seconds_training", "seconds", "of training so far, on all devices"),
     Column("seconds_evaluation", "seconds", "of evaluation so far"),
     _SETTING,
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from lifelong_ens.errors import InputError
 from lifelong_ens.training.augment import Augmentation
@@ -29,6 +29,8 @@ class Fit:
         compile: Run the network through torch.compile.
         patience: Stop after so many epochs without a better validation accuracy and go back to the best
             epoch; needs a stream with a validation fraction.
+        accumulate: A step's images pass through the network in so many parts, one after the other, for a part of
+            the memory; batch norms see a part at a time.
     """
 
     epochs: int = 10
@@ -44,9 +46,16 @@ class Fit:
     amp: bool = False
     compile: bool = False
     patience: int | None = None
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("weight_decay", 0)):
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("warmup_epochs", 0),
+            ("weight_decay", 0),
+            ("accumulate", 1),
+        ):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is at least {least}, not {getattr(self, name)}.")
         for name in ("learning_rate", "clip_norm"):
@@ -55,6 +64,16 @@ class Fit:
                 raise InputError(f"{name} is above 0, not {value}.")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience is at least 1 epoch, not {self.patience}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options by name, as records state them; one that came later only where it is used.
+
+        Runs are told apart by what this says: those made before an option was there are still the same runs.
+        """
+        options = asdict(self)
+        if self.accumulate == 1:
+            del options["accumulate"]
+        return options
 
     def for_scales(self, learning_rate: float) -> Fit:
         """The same batches and precision for numbers that choose units: Adam at a constant rate and nothing more."""

@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lifelong_ens.errors import NonFiniteLossError
+from lifelong_ens.errors import InputError, NonFiniteLossError
 from lifelong_ens.training.fit import Fit
+from lifelong_ens.training.sharing import Sharing
 
 Batch = TypeVar("Batch")
 
@@ -25,6 +26,7 @@ class Optimisation:
         steps_per_epoch: Batches in one epoch; the schedule moves at every step.
         epochs: Epochs of this training; None for those of ``fit``.
         before_update: Called at every step when the gradients are there, before anything is done with them.
+        sharing: Where the rows of a step are computed on several devices or in several parts.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class Optimisation:
         steps_per_epoch: int,
         epochs: int | None = None,
         before_update: Callable[[], object] | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         parameter_groups = [dict(group) for group in groups]
         options: dict[str, Any] = {"lr": fit.learning_rate, "weight_decay": fit.weight_decay}
@@ -45,7 +48,12 @@ class Optimisation:
             kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
             self.optimizer = kinds[fit.optimizer](parameter_groups, **options)
         self.parameters = [parameter for group in parameter_groups for parameter in group["params"]]
+        if fit.accumulate > 1 and sharing is None:
+            raise InputError(
+                "accumulate is for strategies over a stream alone: leave it out, or lower batch_size."
+            )
         self.clip_norm, self.amp, self.before_update = fit.clip_norm, fit.amp, before_update
+        self.sharing = sharing
         total = max(steps_per_epoch * (fit.epochs if epochs is None else epochs), 1)
         self.scheduler = None
         if fit.schedule != "constant" or fit.warmup_epochs:
@@ -53,19 +61,27 @@ class Optimisation:
             self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     def precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        """The context for the forward pass: bfloat16 autocast or nothing."""
-        return torch.autocast(device.type, torch.bfloat16) if self.amp else nullcontext()
+        """The context for the forward pass: bfloat16 autocast or nothing, and norms over all devices."""
+        precision = torch.autocast(device.type, torch.bfloat16) if self.amp else nullcontext()
+        return precision if self.sharing is None else self.sharing.forward(precision)
 
     def step(self, loss: Tensor) -> None:
-        """Backward, then ``update``."""
-        # what zero_grad does, without its bookkeeping, which is 1 % of a small network's step
-        for parameter in self.parameters:
-            parameter.grad = None
+        """Backward, then ``update``; of a step in parts, with the last."""
+        sharing = self.sharing
+        if sharing is None or sharing.starts:
+            # what zero_grad does, without its bookkeeping, which is 1 % of a small network's step
+            for parameter in self.parameters:
+                parameter.grad = None
+        if sharing is not None:
+            loss = sharing.weighed(loss)
         loss.backward()
-        self.update()
+        if sharing is None or sharing.ends:
+            self.update()
 
     def update(self) -> None:
         """Clip the gradients that are there, move the parameters, move the schedule."""
+        if self.sharing is not None:
+            self.sharing.sum_gradients(self.parameters)
         if self.before_update is not None:
             self.before_update()
         if self.clip_norm is not None:
@@ -112,7 +128,8 @@ def run_epoch(
         loss = compute_loss(batch)
         optimisation.step(loss)
         losses.append(loss.detach())
-    return mean_loss(losses)
+    sharing = optimisation.sharing
+    return mean_loss(losses if sharing is None else sharing.step_losses())
 
 
 def mean_loss(losses: list[Tensor]) -> float:

@@ -50,6 +50,13 @@ def test_an_estimate_is_what_the_record_says(tmp_path, name):
     assert found.size is found.cost is None
 
 
+@pytest.mark.parametrize("name", ["finetune", "agem"])
+def test_steps_in_parts_are_left_out_as_a_whole(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("experiments.estimate.WARM_SECONDS", 0.0)
+    found, record = estimated_and_record(tmp_path, name, 2, Fit(epochs=3, batch_size=16, accumulate=4), 40)
+    assert found.flops_training == pytest.approx(record["tasks"][-1]["flops_training"], rel=1e-9)
+
+
 @pytest.mark.parametrize("name", ["rcl", "den"])
 def test_what_grows_by_learning_is_at_least_so_large(tmp_path, name):
     found, record = estimated_and_record(tmp_path, name, num_tasks=2, fit=FIT)
