@@ -35,7 +35,7 @@ COMMON += ["--clip_norm", "5", "--momentum", "0.9", "--weight_decay", "1e-3"]
 SMALL = [*COMMON, "--num_tasks", "3", "--limit", "25", "--batch_size", "37", "--hidden", "[32, 16]"]
 MLP = [*SMALL, "--memory", "30", "--rcl.trials", "2", "--mask_epochs", "1", "--agem.reference_rows", "9"]
 NORMS = [*COMMON, "--num_tasks", "2", "--limit", "9", "--batch_size", "15", "--network", "resnet20"]
-NORMS += ["--width", "4", "--task_inference", "entropy"]
+NORMS += ["--width", "4", "--epochs", "1", "--task_inference", "entropy"]
 EXACT = "finetune,joint,independent,batch_ensemble,pnn,structured_ensemble,packnet,supsup,den,rcl"
 EXACT += ",ewc,synaptic_intelligence,lwf,replay,agem,gem"
 WITH_NORMS = "batch_ensemble,bn_tuned,replay,gem"
@@ -161,7 +161,7 @@ def double(request, monkeypatch):
 @pytest.mark.usefixtures("double")
 def test_several_processes_learn_what_one_learns(tmp_path, monkeypatch, arguments, strategies):
     def small_batches(data, _, device):
-        return evaluation_batches(data, 5, device)
+        return evaluation_batches(data, 8, device)
 
     # several to answer, which are shared out
     monkeypatch.setattr("strategies.evaluation.evaluation_batches", small_batches)
