@@ -213,7 +213,16 @@ def test_what_torchrun_sets(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_whoever_is_killed_or_stopped_and_says_one_line(tmp_path):
-    arguments = [*SMALL, "--num_tasks", "4", "--strategies", "pnn", "--epochs", "40", "--out"]
+    arguments = [
+        *SMALL,
+        "--num_tasks",
+        "4",
+        "--strategies",
+        "pnn",
+        "--epochs",
+        "150",
+        "--out",
+    ]  # long enough to be hit
     assert main([*arguments, str(tmp_path / "one")]) == 0
     begin, out = datetime.now(UTC).isoformat(), tmp_path / "many"
     died = "device {} of {} has died; the same command goes on after what is finished"
