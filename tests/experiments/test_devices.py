@@ -65,6 +65,8 @@ def _run(arguments: list[str], said: Path, environment: dict[str, str]) -> None:
     """As a fresh process would, but with everything imported already."""
     os.environ.update(environment)
     torch.set_num_threads(1)
+    # a job in the background of a script has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.getLogger().handlers.clear()  # pytest's
     # what starts other processes starts this again
     sys.modules["__main__"], sys.argv = experiments.cli, ["lifelong-ens", *arguments]

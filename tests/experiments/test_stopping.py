@@ -33,6 +33,8 @@ COMMAND += ["--epochs", "10", "--weight_decay", "0.001"]
 def command(out: Path, *more: str) -> None:
     """What the installed command does, in a forked process; it never returns."""
     logging.getLogger().handlers.clear()  # pytest's
+    # a job in the background of a script has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))
     os._exit(main([*COMMAND, *more, "--out", str(out)]))
 
