@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, str]] = {
 # arguments that the run itself fills in
 FILLED = frozenset({"body", "fit", "seed", "device", "plugins", "num_classes", "input_shape"})
 # those of a function that makes an ensemble; to a stream, ``validation`` is an option
-FILLED_METHOD = FILLED | {"build_network", "train", "validation", "num_members", "progress"}
+FILLED_METHOD = FILLED | {"build_network", "train", "validation", "num_members", "progress", "each"}
 FIT = "lifelong_ens.training.fit:Fit"
 
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,20 @@ from avalanche.benchmarks import CLScenario
 from avalanche.training.templates import SupervisedTemplate
 from torch import nn
 
+from experiments.engines import Engine
+from experiments.grid import run_grid
 from experiments.logs import RunLog, check_loggers
 from experiments.pace import Pace
 from experiments.progress import Display
 from experiments.run import Cell, Named, Progress, Run, check_writable, discard, finished_record, state_tuning
 from experiments.samples import keep_samples
-from experiments.unfinished import announce, note_finished, note_problem
 from lifelong_ens.accounting.meter import TrainingMeter
-from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
+from lifelong_ens.errors import InputError, UnfitNetworkError
 from lifelong_ens.report import Report
 from lifelong_ens.report.page import write_page
-from lifelong_ens.training.devices import Devices
+from lifelong_ens.training.devices import ALONE, Devices
 from lifelong_ens.training.fit import Fit
-from lifelong_ens.training.joining import joined
+from lifelong_ens.training.joining import joined, started
 from lifelong_ens.training.loop import Optimisation
 from strategies.base import Strategy
 
@@ -47,6 +49,7 @@ def compare(
     progress: bool = True,
     log_to: Sequence[str] = (),
     devices: int | None = None,
+    engine: Engine | None = None,
 ) -> Report:
     """Run every strategy over the stream with every seed and report on all.
 
@@ -65,6 +68,8 @@ def compare(
         log_to: ``tensorboard`` (in ``OUT/tensorboard``), ``wandb`` or both.
         devices: Processes, each with a device of its own, that share the rows of every step; they are started where
             torchrun or SLURM has not. Each runs the script that calls this, and gets the report.
+        engine: Where runs go on at once, ``experiments.engines.local.Local(jobs)`` or ``.ray.Ray(address)``; None for
+            this process, one run after the other.
 
     Raises:
         NonFiniteLossError: Some runs met a loss that is no number; raised after all others are done.
@@ -85,6 +90,7 @@ def compare(
         progress=progress,
         log_to=log_to,
         devices=devices,
+        engine=engine,
     )
 
 
@@ -98,54 +104,63 @@ def run_cells(
     progress: bool = True,
     log_to: Sequence[str] = (),
     devices: int | None = None,
+    engine: Engine | None = None,
 ) -> Report:
-    """Run every cell that has no record yet, one after the other; see ``compare``."""
+    """Run every cell that has no record yet; see ``compare``."""
     if not cells:
         raise InputError("nothing to run: name at least one strategy and one seed.")
-    chosen, log_to = choose_device(device), check_loggers(log_to)
-    with joined(devices, chosen) as here:
-        if here.first:
-            return here.same(_run_cells(cells, make_benchmark, out, here, force, progress, log_to))
-        # the others show, log and keep nothing: their files go with their scratch folder
-        return here.same(_run_cells(cells, make_benchmark, None, here, force, False, ()))
+    log_to = check_loggers(log_to)
+    if engine is not None:
+        _check_one_device(devices)
+        work = RunStrategy(make_benchmark, device, log_to)
+        return _run_cells(cells, work, out, force, progress, engine)
+    with joined(devices, choose_device(device)) as here:
+        # the other processes show, log and keep nothing: their files go with their scratch folder
+        work = RunStrategy(make_benchmark, device, log_to if here.first else (), here)
+        folder = out if here.first else None
+        return here.same(_run_cells(cells, work, folder, force, progress and here.first))
+
+
+def _check_one_device(devices: int | None) -> None:
+    outside = started()
+    if outside is not None or devices not in (None, 1):
+        by = f"leave {outside.by} out" if outside is not None else "leave --devices out"
+        raise InputError(
+            f"an engine runs each cell on one device: {by}, or --engine, --jobs and --ray_address."
+        )
 
 
 def _run_cells(
     cells: Sequence[tuple[Cell, BuildStrategy]],
-    make_benchmark: Callable[..., CLScenario],
+    work: RunStrategy,
     out: str | Path | None,
-    devices: Devices,
     force: bool,
     progress: bool,
-    log_to: Sequence[str],
+    engine: Engine | None = None,
 ) -> Report:
-    @functools.lru_cache(maxsize=1)  # the strategies of a seed share its benchmark
-    def benchmark_of(seed: int) -> CLScenario:
-        return devices.first_alone(lambda: make_benchmark(**taken(make_benchmark, {"seed": seed})))
-
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if out is None else out)
         check_writable(folder)
-        warm_up(devices.device)
-        problems: list[tuple[str, InputError]] = []
         if force:
             for cell, _ in cells:
                 discard(cell, folder)
-        announce([cell for cell, _ in cells], folder)
-        display = Display([cell for cell, _ in cells], folder, progress)
         try:
-            for cell, build in cells:
-                problem = _run_or_skip(cell, benchmark_of, build, folder, devices, display, log_to)
-                problems += [(cell.strategy.name, problem)] if problem else []
-        except KeyboardInterrupt as stop:
-            stop.args = (display.say_stopped(),)
+            problems = run_grid(
+                cells,
+                work,
+                functools.partial(work.finished, folder),
+                out=folder,
+                progress=progress,
+                engine=engine,
+            )
+        except KeyboardInterrupt:
             if out is not None:
                 _write_report(folder)
             raise
-        report = Report.load(folder) if len(problems) < len(cells) and devices.first else None
+        report = Report.load(folder) if len(problems) < len(cells) and work.speaks else None
         if out is not None:
             _write_report(folder, report)
-    raise_or_warn(problems, stop=len(problems) == len(cells))
+    raise_or_warn([(cell.strategy.name, problem) for cell, problem in problems], len(problems) == len(cells))
     return report  # pyright: ignore[reportReturnType]
 
 
@@ -159,10 +174,10 @@ def _write_report(folder: Path, report: Report | None = None) -> None:
 
 
 def raise_or_warn(problems: Sequence[tuple[str, InputError]], stop: bool) -> None:
-    """Raise what diverged; name the strategies that cannot run on the network, in an error if nothing else ran."""
-    diverged = [str(error) for _, error in problems if isinstance(error, NonFiniteLossError)]
-    if diverged:
-        raise NonFiniteLossError("; ".join(diverged))
+    """Raise what failed; name the strategies that cannot run on the network, in an error if nothing else ran."""
+    failed = [error for _, error in problems if not isinstance(error, UnfitNetworkError)]
+    if failed:
+        raise type(failed[0])("; ".join(map(str, failed)))
     unfit = {name: str(error) for name, error in problems}
     if stop:
         raise UnfitNetworkError("; ".join(unfit.values()))
@@ -188,6 +203,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+@functools.cache
 def warm_up(device: torch.device) -> None:
     """One step of a tiny network, so that what torch loads at its first step is not booked on the first run."""
     network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(4, 2)).to(device)
@@ -196,68 +212,81 @@ def warm_up(device: torch.device) -> None:
         optimisation.step(network(torch.zeros(1, 1, 2, 2, device=device)).sum())
 
 
-def _run_or_skip(
-    cell: Cell,
-    benchmark_of: Callable[[int], CLScenario],
-    build: BuildStrategy,
-    folder: Path,
-    devices: Devices,
-    display: Display,
-    log_to: Sequence[str],
-) -> InputError | None:
-    """Run a cell unless it has its record; returns why it could not be run to its end."""
-    try:
-        record = devices.same(finished_record(cell, folder))
-        if record is None:
-            record = _run(cell, benchmark_of(cell.seed), build, folder, devices, display, log_to)
-        else:
-            state_tuning(cell, record, folder)
-        display.finished(cell, record)
-    except (NonFiniteLossError, UnfitNetworkError) as error:
-        note_problem(cell, error, folder)
-        display.failed(cell, error)
-        return error
-    return None
+class RunStrategy:
+    """Runs a cell of a comparison; see ``experiments.grid.Work``.
 
+    Args:
+        make_benchmark: Builder of the stream.
+        device: ``auto``, or a torch device, wherever this is.
+        log_to: Loggers.
+        devices: That a run is shared by; for this process alone.
+    """
 
-def _run(
-    cell: Cell,
-    benchmark: CLScenario,
-    build: BuildStrategy,
-    folder: Path,
-    devices: Devices,
-    display: Display,
-    log_to: Sequence[str],
-) -> dict[str, Any]:
-    def build_here(seed: int) -> SupervisedTemplate:
-        return build(**taken(build, {"device": devices.device, "benchmark": benchmark, "seed": seed}))
+    def __init__(
+        self,
+        make_benchmark: Callable[..., CLScenario],
+        device: str,
+        log_to: Sequence[str],
+        devices: Devices | None = None,
+    ) -> None:
+        self.make_benchmark, self.device, self.log_to = make_benchmark, device, log_to
+        self._devices = devices
+        self._benchmark: tuple[int, CLScenario] | None = None
 
-    tests = [experience.dataset for experience in benchmark.streams["test"]]  # pyright: ignore
-    keep_samples(tests, folder, cell.setting, cell.seed)
-    pace = Pace(cell)
-    with RunLog(log_to, cell, folder, pace) as told, display.running(cell, pace.status):
+    def __call__(self, item: tuple[Cell, BuildStrategy], out: Path, display: Display) -> dict[str, Any]:
+        """See ``Work``."""
+        cell, build = item
+        devices = self._devices or replace(ALONE, device=choose_device(self.device))
+        warm_up(devices.device)
+        benchmark = self._benchmark_of(cell.seed, devices)
 
-        def on_task(measured: Progress) -> None:
-            pace.task()
-            told.task(measured)
+        def build_here(seed: int) -> SupervisedTemplate:
+            return build(**taken(build, {"device": devices.device, "benchmark": benchmark, "seed": seed}))
 
-        run = Run(cell, benchmark, build_here, folder, pace.step, told.epoch, on_task, devices)
-        if isinstance(run.strategy, Strategy):
-            run.strategy.on_phase = pace.phase
-        run.resume()
-        pace.begin(run)
-        record = run.execute()
-    note_finished(cell, folder)
-    if display.shown:
-        _say(record, cell)
-    return record
+        tests = [experience.dataset for experience in benchmark.streams["test"]]  # pyright: ignore
+        keep_samples(tests, out, cell.setting, cell.seed)
+        pace = Pace(cell)
+        with RunLog(self.log_to, cell, out, pace) as told, display.running(cell, pace.status):
 
+            def on_task(measured: Progress) -> None:
+                pace.task()
+                told.task(measured)
 
-def _say(record: Mapping[str, Any], cell: Cell) -> None:
-    last = [value for value in record["accuracy"][-1] if value is not None]
-    seconds = record["tasks"][-1]["seconds_training"]
-    accuracy = 100 * sum(last) / max(len(last), 1)
-    log.info("%s: %.1f %% average accuracy, trained in %.1f s", cell.label(), accuracy, seconds)
+            run = Run(cell, benchmark, build_here, out, pace.step, told.epoch, on_task, devices)
+            if isinstance(run.strategy, Strategy):
+                run.strategy.on_phase = pace.phase
+            run.resume()
+            pace.begin(run)
+            return run.execute()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker, which has a device and images of its own."""
+        return {**vars(self), "_devices": None, "_benchmark": None}
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the process that makes the report."""
+        return self._devices is None or self._devices.first
+
+    def finished(self, out: Path, cell: Cell) -> dict[str, Any] | None:
+        """The record of a cell that has one, which then says how the cell was tuned."""
+        record = finished_record(cell, out)
+        record = record if self._devices is None else self._devices.same(record)
+        if record is not None:
+            state_tuning(cell, record, out)
+        return record
+
+    def _benchmark_of(self, seed: int, devices: Devices) -> CLScenario:
+        """The strategies of a seed share its benchmark."""
+        if self._benchmark is None or self._benchmark[0] != seed:
+            self._benchmark = (
+                None  # the images of one seed leave the memory before those of the next are read
+            )
+            made = devices.first_alone(
+                lambda: self.make_benchmark(**taken(self.make_benchmark, {"seed": seed}))
+            )
+            self._benchmark = seed, made
+        return self._benchmark[1]
 
 
 def taken(

@@ -102,7 +102,7 @@ def dry_run_tuning(plan: TuningPlan) -> str:
     device, experiment = choose_device(plan.device), plan.experiment
     seeds = experiment.seeds
     benchmark = plan.benchmark(seeds[0])
-    finished = _finished_trials(plan, device)
+    finished = _finished_trials(plan)
     warm_up(device)
     rows: dict[str, Row] = {}
     for strategy, done in finished.items():
@@ -122,14 +122,14 @@ def dry_run_tuning(plan: TuningPlan) -> str:
     return overview([*about, trials, where(plan.out, device)], rows, "strategy", [note])
 
 
-def _finished_trials(plan: TuningPlan, device: torch.device) -> dict[str, int]:
+def _finished_trials(plan: TuningPlan) -> dict[str, int]:
     """How many trials each strategy has behind it; the journal is read in a copy, as opening one may write."""
     journal = plan.out / "study.journal"
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / journal.name
         if journal.exists():
             shutil.copyfile(journal, copied)
-        studies = plan.studies(copied, plan.benchmark, device)
+        studies = plan.studies(copied)
         for study in studies:
             study.check(journal)
         return {study.strategy: len(study.finished()) for study in studies}

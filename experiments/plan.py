@@ -14,6 +14,8 @@ import yaml
 
 from experiments import catalogue
 from experiments.compare import BuildStrategy, run_cells, strategy_builder
+from experiments.engines import OPTIONS as ENGINE
+from experiments.engines import Engine, make_engine
 from experiments.logs import check_loggers
 from experiments.options import Owner, check_required, make_fit, of_owner, read_options, typed
 from experiments.run import Cell, Named
@@ -39,6 +41,7 @@ COMPARE = {
     "tuning": None,
     "log_to": None,
     "devices": None,
+    **dict.fromkeys(ENGINE),
 }
 # options of measuring, and what each may be
 MEASURED = {"task_inference": ("none", "entropy", "max_probability"), "evaluate": ("new", "all")}
@@ -108,6 +111,7 @@ class Plan:
     force: bool
     log_to: tuple[str, ...] = ()
     devices: int | None = None
+    engine: Engine | None = None
 
     def run(self) -> Report:
         """Run what has no record yet and report on everything."""
@@ -119,6 +123,7 @@ class Plan:
             force=self.force,
             log_to=self.log_to,
             devices=self.devices,
+            engine=self.engine,
         )
 
 
@@ -153,6 +158,7 @@ def plan_comparison(parsed: Mapping[str, Any], rest: Sequence[str]) -> Plan:
         bool(general["force"]),
         check_loggers(names),
         devices,
+        make_engine(general),
     )
 
 

@@ -7,14 +7,14 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from experiments import screen
 from experiments.unfinished import AnyCell, has_record, note_status
-from lifelong_ens.report.status import Status, finished_status
+from lifelong_ens.report.status import Status, as_written, finished_status, read_statuses
 from lifelong_ens.report.unfinished import reached
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,20 @@ class Display:
         cells: That the command is about.
         out: The folder in whose files the status is kept for ``watch``.
         shown: Whether to show anything; the files are written in any case.
+        send: Told what is written, for a driver that cannot read the files.
     """
 
-    def __init__(self, cells: Iterable[AnyCell], out: Path, shown: bool) -> None:
-        self.out, self.shown = out, shown
+    def __init__(
+        self,
+        cells: Iterable[AnyCell],
+        out: Path,
+        shown: bool,
+        send: Callable[[Any], object] | None = None,
+    ) -> None:
+        self.out, self.shown, self.send = out, shown, send
         self.live = shown and sys.stderr.isatty()
-        self.statuses = {cell.key: _before(cell, has_record(cell, out)) for cell in cells}
+        self.cells = {cell.key: cell for cell in cells}
+        self.statuses = {key: _before(cell, has_record(cell, out)) for key, cell in self.cells.items()}
 
     @contextmanager
     def running(self, cell: AnyCell, look: Callable[[], Status]) -> Iterator[None]:
@@ -46,16 +54,60 @@ class Display:
             look: Says how far it is; called now and then in another thread.
         """
         self.statuses[cell.key] = look()
-        if self.shown and not self.live:
-            number = list(self.statuses).index(cell.key) + 1
-            log.info("%s: started, run %d of %d", cell.label(), number, len(self.statuses))
-        beat = _Beat(self, cell, look)
+        self._say_started(cell)
+
+        def now() -> list[Status]:
+            status = look()
+            self.statuses[cell.key] = status
+            return [status]
+
+        def write(running: Sequence[Status]) -> None:
+            for status in running:
+                self.note(cell, status)
+
+        beat = _Beat(self, now, write)
         beat.start()
         try:
             yield
         except BaseException:
             beat.end()
             self._stopped(cell, look())
+            raise
+        beat.end()
+
+    @contextmanager
+    def following(self, heard: Callable[[], Iterable[Any]]) -> Iterator[None]:
+        """Show the runs of other processes while they go on.
+
+        Args:
+            heard: What those have sent that cannot write into the folder here.
+        """
+
+        def now() -> list[Status]:
+            for key, written in heard():
+                note_status(self.cells[key], written, self.out)
+            for key, status in read_statuses(self.out).items():
+                before = self.statuses.get(key)
+                if (
+                    before is not None
+                    and before.state in ("waiting", "running")
+                    and status.state == "running"
+                ):
+                    self.statuses[key] = status
+                    if before.state == "waiting":
+                        self._say_started(self.cells[key])
+            return [status for status in self.statuses.values() if status.state == "running"]
+
+        beat = _Beat(self, now)
+        beat.start()
+        try:
+            yield
+        except BaseException:
+            beat.end()
+            now()
+            for key, status in self.statuses.items():
+                if status.state == "running":
+                    self._stopped(self.cells[key], status)
             raise
         beat.end()
 
@@ -78,22 +130,51 @@ class Display:
         log.warning("%s", words)
         return words
 
+    def say(self, record: Mapping[str, Any], cell: AnyCell) -> None:
+        """Log what a run that has just finished has come to."""
+        if self.shown:
+            log.info("%s: %s", cell.label(), screen.outcome(record))
+
+    def note(self, cell: AnyCell, status: Status) -> None:
+        """Write down how far a run is."""
+        written = as_written(status)
+        # a folder that cannot be written to is the run's own problem, when it has something to write
+        with contextlib.suppress(OSError):
+            note_status(cell, written, self.out)
+        if self.send is not None:
+            with contextlib.suppress(Exception):  # whoever hears it may be gone
+                self.send((cell.key, written))
+
+    def _say_started(self, cell: AnyCell) -> None:
+        if self.shown and not self.live:
+            number = list(self.statuses).index(cell.key) + 1
+            log.info("%s: started, run %d of %d", cell.label(), number, len(self.statuses))
+
     def _stopped(self, cell: AnyCell, status: Status) -> None:
         stopped = Status(**{**vars(status), "state": "stopped", "seconds_left": None})
         self.statuses[cell.key] = stopped
-        with contextlib.suppress(OSError):
-            note_status(cell, stopped, self.out)
+        self.note(cell, stopped)
 
 
 class _Beat(threading.Thread):
-    """Looks at a run twice a second: draws it, writes it down, says it now and then.
+    """Looks at the runs twice a second: draws them, writes them down, says them now and then.
 
     The training hears nothing of it: it only counts, and what waits for the device or the disk waits in this thread.
+
+    Args:
+        display: Of all runs.
+        look: Brings its statuses up to date and returns those of the runs that are going on.
+        write: Writes these down.
     """
 
-    def __init__(self, display: Display, cell: AnyCell, look: Callable[[], Status]) -> None:
+    def __init__(
+        self,
+        display: Display,
+        look: Callable[[], Sequence[Status]],
+        write: Callable[[Sequence[Status]], object] = lambda running: None,
+    ) -> None:
         super().__init__(name="progress", daemon=True)
-        self.display, self.cell, self.look = display, cell, look
+        self.display, self.look, self.write = display, look, write
         self._ended = threading.Event()
         self._said = time.monotonic()
         self._written = -WRITE
@@ -108,20 +189,18 @@ class _Beat(threading.Thread):
         with ExitStack() as stack:
             draw = None
             while not self._ended.wait(LOOK):
-                status, now = self.look(), time.monotonic()
-                self.display.statuses[self.cell.key] = status
+                running, now = self.look(), time.monotonic()
                 if now - self._written >= WRITE:
                     self._written = now
-                    # a folder that cannot be written to is the run's own problem, when it has something to write
-                    with contextlib.suppress(OSError):
-                        note_status(self.cell, status, self.display.out)
+                    self.write(running)
                 statuses = list(self.display.statuses.values())
                 if self.display.live:
                     draw = draw or stack.enter_context(screen.drawing())
-                    draw(screen.drawn([status], statuses))
+                    draw(screen.drawn(running, statuses))
                 elif self.display.shown and now - self._said >= SAY:
                     self._said = now
-                    log.info("%s", screen.line(status, statuses))
+                    for status in running:
+                        log.info("%s", screen.line(status, statuses))
 
 
 def _before(cell: AnyCell, finished: bool) -> Status:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -129,6 +129,16 @@ def drawing() -> Iterator[Callable[[Any], None]]:
         finally:
             for handler in to_stderr:
                 handler.setStream(before)
+
+
+def outcome(record: Mapping[str, Any]) -> str:
+    """What a run came to, in a few words."""
+    if "method" in record:
+        test, seconds = record["uncertainty"][0], record["spent"]["seconds"]
+        return f"{100 * test['accuracy']:.2f} % accuracy, NLL {test['nll']:.4f}, trained in {seconds:.1f} s"
+    last = [value for value in record["accuracy"][-1] if value is not None]
+    seconds = record["tasks"][-1]["seconds_training"]
+    return f"{100 * sum(last) / max(len(last), 1):.1f} % average accuracy, trained in {seconds:.1f} s"
 
 
 def clock(seconds: float) -> str:

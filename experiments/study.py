@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +18,7 @@ import torch
 from avalanche.benchmarks import CLScenario
 from tqdm import tqdm
 
+from experiments.compare import choose_device, warm_up
 from experiments.options import flatten
 from experiments.plan import Experiment
 from experiments.run import Named, Run
@@ -47,8 +48,6 @@ class StrategyStudy:
     spaces: Mapping[str, Space]
     num_tasks_used: int
     storage: JournalStorage
-    benchmark: Callable[[int], CLScenario]
-    device: torch.device
 
     @property
     def space(self) -> dict[str, Any]:
@@ -88,8 +87,11 @@ class StrategyStudy:
                 space = other.user_attrs.get("space", {})
                 _check_same(space, self.space, keys, f"{path} ({other.study_name})")
 
-    def run(self, trials: int) -> None:
-        """Run trials until so many are finished."""
+    def search(self, trials: int) -> Generator[dict[str, Any], dict[str, Any], None]:
+        """Options to be tried, one set after the other until so many trials are finished.
+
+        To each the answer is its outcome, as ``RunTrial`` has it, or the ``InputError`` that it met.
+        """
         import optuna
 
         study = optuna.load_study(study_name=self.strategy, storage=self.storage)
@@ -107,33 +109,11 @@ class StrategyStudy:
                     study.enqueue_trial(first)
                 trial = study.ask(distributions)
                 try:
-                    outcome = self.evaluate(trial.params)
+                    outcome = yield trial.params
                 except InputError as error:
                     raise InputError(f"{self.strategy} with {words(trial.params)}: {error}") from error
                 trial.set_user_attr("outcome", outcome)
                 study.tell(trial, outcome["validation_accuracy"])
-
-    def evaluate(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Train with these options and measure on validation images; a loss that is no number is worth 0."""
-        outcome = {"validation_accuracy": 0.0, "flops": 0, "seconds": 0.0, "diverged": None}
-        accuracies = []
-        chosen = {**self.experiment.options(self.strategy), **options}
-        for seed in self.experiment.seeds:
-            cell, build = self.experiment.cell(self.strategy, seed, chosen)
-            benchmark = self.benchmark(seed)
-            with tempfile.TemporaryDirectory() as scratch:
-                run = Run(
-                    cell, benchmark, functools.partial(_build, build, benchmark, self.device), Path(scratch)
-                )
-                try:
-                    accuracies.append(fmean(run.execute()["accuracy"][-1]))
-                except NonFiniteLossError as error:
-                    outcome["diverged"] = str(error)
-            outcome["flops"] += round(run.costs.meter.flops)
-            outcome["seconds"] += run.costs.meter.seconds
-            if outcome["diverged"]:
-                return outcome
-        return outcome | {"validation_accuracy": fmean(accuracies)}
 
     def finished(self) -> list[FrozenTrial]:
         """The trials that count, those with a loss that was no number included."""
@@ -204,6 +184,59 @@ class StrategyStudy:
     def _trials(self) -> list[FrozenTrial]:
         study = self.storage.get_study_id_from_name(self.strategy)
         return self.storage.get_all_trials(study, deepcopy=False)
+
+
+class RunTrial:
+    """Trains with some options and measures on validation images; in this process or in a worker.
+
+    Args:
+        experiment: What is tuned.
+        make_benchmark: The benchmark of a seed.
+        device: ``auto``, or a torch device, wherever this is.
+    """
+
+    def __init__(
+        self, experiment: Experiment, make_benchmark: Callable[[int], CLScenario], device: str
+    ) -> None:
+        self.experiment, self.make_benchmark, self.device = experiment, make_benchmark, device
+        self._benchmarks: dict[int, CLScenario] = {}
+
+    def __call__(self, trial: tuple[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """What came of a strategy with these options; a loss that is no number is worth 0.
+
+        Raises:
+            InputError: The options cannot be used.
+        """
+        strategy, options = trial
+        device = choose_device(self.device)
+        warm_up(device)
+        outcome = {"validation_accuracy": 0.0, "flops": 0, "seconds": 0.0, "diverged": None}
+        accuracies = []
+        chosen = {**self.experiment.options(strategy), **options}
+        for seed in self.experiment.seeds:
+            cell, build = self.experiment.cell(strategy, seed, chosen)
+            benchmark = self.benchmark(seed)
+            with tempfile.TemporaryDirectory() as scratch:
+                run = Run(cell, benchmark, functools.partial(_build, build, benchmark, device), Path(scratch))
+                try:
+                    accuracies.append(fmean(run.execute()["accuracy"][-1]))
+                except NonFiniteLossError as error:
+                    outcome["diverged"] = str(error)
+            outcome["flops"] += round(run.costs.meter.flops)
+            outcome["seconds"] += run.costs.meter.seconds
+            if outcome["diverged"]:
+                return outcome
+        return outcome | {"validation_accuracy": fmean(accuracies)}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker, which reads images of its own."""
+        return {**vars(self), "_benchmarks": {}}
+
+    def benchmark(self, seed: int) -> CLScenario:
+        """The only one that a trial of a seed sees; it has no test images."""
+        if seed not in self._benchmarks:
+            self._benchmarks[seed] = self.make_benchmark(seed)
+        return self._benchmarks[seed]
 
 
 class _Lock:

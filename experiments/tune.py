@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import yaml
 from avalanche.benchmarks import CLScenario
 
-from experiments.compare import choose_device, taken, warm_up
+from experiments.compare import choose_device, taken
+from experiments.engines import Engine, make_engine
 from experiments.options import flatten
 from experiments.plan import Experiment, read_experiment, short
 from experiments.run import check_writable
 from experiments.search import Space, spaces
-from experiments.study import StrategyStudy, open_journal, plain, words
+from experiments.study import RunTrial, StrategyStudy, open_journal, plain, words
 from lifelong_ens.errors import InputError
 from lifelong_ens.store import write_bytes
 from streams.benchmark import without_test
@@ -62,37 +64,61 @@ class TuningPlan:
     trials: int
     out: Path
     device: str
+    engine: Engine | None = None
 
     def run(self) -> Tuned:
-        """Run the trials that are missing, strategy by strategy, then write ``tuned.yaml`` and ``trials.csv``.
+        """Run the trials that are missing, then write ``tuned.yaml`` and ``trials.csv``.
+
+        With an engine all strategies are searched at once. The trials of one still follow each other, for each is
+        proposed from what the ones before it found, so that the same options are tried whatever runs them.
 
         Raises:
             InputError: The stream has no validation images, or the study in the folder is another one.
             NonFiniteLossError: Every trial of a strategy met a loss that is no number.
         """
         check_writable(self.out)
-        device = choose_device(self.device)
-        benchmark = functools.cache(self.benchmark)
-        studies = self.studies(self.out / "study.journal", benchmark, device)
+        choose_device(self.device)
+        studies = self.studies(self.out / "study.journal")
+        run_trial = RunTrial(self.experiment, replace(self, engine=None).benchmark, self.device)
         for seed in self.experiment.seeds:
-            benchmark(seed)
+            run_trial.benchmark(seed)
         for study in studies:
             study.check(self.out / "study.journal")
-        warm_up(device)
-        for study in studies:
-            study.run(self.trials)
+        if self.engine is None:
+            for study in studies:
+                _search_in_turn(study, self.trials, run_trial)
+        else:
+            with self.engine:
+                self._search_at_once(studies, run_trial, self.engine)
         tuned = Tuned(_table([row for study in studies for row in study.rows()]))
         write_bytes(self.out / "trials.csv", tuned.trials.to_csv(index=False).encode())
         write_bytes(self.out / "tuned.yaml", (HEADER + self._yaml(studies)).encode())
         return tuned
 
-    def studies(
-        self, journal: Path, benchmark: Callable[[int], CLScenario], device: torch.device
-    ) -> list[StrategyStudy]:
+    def _search_at_once(self, studies: Sequence[StrategyStudy], run_trial: RunTrial, engine: Engine) -> None:
+        """One trial of every strategy at a time."""
+        waiting: dict[Future[Any], tuple[StrategyStudy, Any]] = {}
+
+        def submit(study: StrategyStudy, search: Any, ask: Callable[[], Mapping[str, Any]]) -> None:
+            with contextlib.suppress(StopIteration):
+                trial = study.strategy, ask()
+                waiting[engine.submit(run_trial, trial, f"a trial of {study.strategy}")] = study, search
+
+        for study in studies:
+            search = study.search(self.trials)
+            submit(study, search, functools.partial(next, search))
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                study, search = waiting.pop(future)
+                error = future.exception()
+                tell = (search.send, future.result()) if error is None else (search.throw, error)
+                submit(study, search, functools.partial(*tell))
+
+    def studies(self, journal: Path) -> list[StrategyStudy]:
         """One for each strategy, all in one journal."""
         storage = open_journal(journal)
         return [
-            StrategyStudy(self.experiment, strategy, spaces, self.num_tasks_used, storage, benchmark, device)
+            StrategyStudy(self.experiment, strategy, spaces, self.num_tasks_used, storage)
             for strategy, spaces in self.spaces.items()
         ]
 
@@ -128,6 +154,20 @@ class TuningPlan:
         return yaml.safe_dump(plain(content), sort_keys=False, width=100)
 
 
+def _search_in_turn(study: StrategyStudy, trials: int, run_trial: RunTrial) -> None:
+    """One trial after the other, in this process."""
+    search = study.search(trials)
+    with contextlib.suppress(StopIteration):
+        options = next(search)
+        while True:
+            try:
+                outcome = run_trial((study.strategy, options))
+            except InputError as error:
+                search.throw(error)
+            else:
+                options = search.send(outcome)
+
+
 def plan_tuning(parsed: Mapping[str, Any], rest: Sequence[str]) -> TuningPlan:
     """Everything checked that can be checked before anything is trained.
 
@@ -152,6 +192,7 @@ def plan_tuning(parsed: Mapping[str, Any], rest: Sequence[str]) -> TuningPlan:
         _count("trials", general["trials"]),
         Path(general["out"] or Path("results") / f"{short(experiment.stream.name)}-tune"),
         str(general["device"]),
+        make_engine(general),
     )
 
 

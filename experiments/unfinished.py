@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.run import Named
-from lifelong_ens.report.status import FOLDER, SCHEMA, Status, as_written
+from lifelong_ens.report.status import FOLDER, SCHEMA
 from lifelong_ens.store import write_json
 
 
@@ -41,10 +41,9 @@ class AnyCell(Protocol):
 
 
 def announce(cells: Iterable[AnyCell], out: Path) -> None:
-    """Write down what is going to run; what has a record is left out."""
+    """Write down what is going to run."""
     for cell in cells:
-        if not has_record(cell, out):
-            _write(cell, out)
+        _write(cell, out)
 
 
 def has_record(cell: AnyCell, out: Path) -> bool:
@@ -52,9 +51,9 @@ def has_record(cell: AnyCell, out: Path) -> bool:
     return (out / "records" / f"{cell.key}.json").exists()
 
 
-def note_status(cell: AnyCell, status: Status, out: Path) -> None:
-    """Write down how far a cell is, for ``watch`` and for a page that is made meanwhile."""
-    _write(cell, out, status=as_written(status))
+def note_status(cell: AnyCell, written: dict[str, Any], out: Path) -> None:
+    """Write down how far a cell is, for ``watch`` and for a page that is made meanwhile; see ``as_written``."""
+    _write(cell, out, status=written)
 
 
 def note_problem(cell: AnyCell, problem: Exception, out: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import catalogue
-from experiments.commands.shared import add_dry_run, add_experiment, add_force, show
+from experiments.commands.shared import add_dry_run, add_engine, add_experiment, add_force, show
 
 HELP = "run strategies over a stream and report"
 EXAMPLES = """
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also log to tensorboard (OUT/tensorboard) or wandb; may be repeated, or joined by commas",
     )
     add_force(parser)
+    add_engine(parser)
     add_dry_run(parser)
 
 

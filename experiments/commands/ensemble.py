@@ -11,6 +11,7 @@ from experiments.commands.shared import (
     add_config,
     add_device,
     add_dry_run,
+    add_engine,
     add_force,
     add_seeds,
     refuse_devices,
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_force(parser)
+    add_engine(parser)
     add_dry_run(parser)
 
 

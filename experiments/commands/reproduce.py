@@ -10,6 +10,7 @@ from experiments import reproduce
 from experiments.commands.shared import (
     add_device,
     add_dry_run,
+    add_engine,
     add_force,
     add_seeds,
     refuse,
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     add_force(parser)
+    add_engine(parser)
     add_dry_run(parser)
 
 

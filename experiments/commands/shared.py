@@ -29,6 +29,25 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda or mps (default: auto)")
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Where runs go on at once."""
+    group = parser.add_argument_group("several runs at once")
+    group.add_argument(
+        "--jobs", metavar="N", help="processes of this machine with a thread each; auto for as many as cores"
+    )
+    group.add_argument(
+        "--engine", metavar="NAME", help="local (as --jobs) or ray (default: one run after the other)"
+    )
+    group.add_argument(
+        "--ray_address",
+        metavar="ADDRESS",
+        help="auto, HOST[:PORT] or ray://HOST:10001 (default: a cluster found here)",
+    )
+    group.add_argument(
+        "--resources", metavar="LIST", help="of each run, such as cpus=2,gpus=0.25 (default: cpus=1)"
+    )
+
+
 def add_force(parser: argparse.ArgumentParser) -> None:
     """Of commands that keep what was run."""
     parser.add_argument(

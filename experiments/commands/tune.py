@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.commands.shared import add_dry_run, add_experiment, print_table, refuse_devices
+from experiments.commands.shared import add_dry_run, add_engine, add_experiment, print_table, refuse_devices
 from experiments.search import DEFAULT_SEARCH
 
 HELP = "choose options of strategies on validation images"
@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="search this option in log:LOW:HIGH, LOW:HIGH or A,B,C; may be repeated (default: see below)",
     )
     parser.add_argument("--out", type=Path, help="folder for what is written (default: results/STREAM-tune)")
+    add_engine(parser)
     add_dry_run(parser)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,25 @@ from torch import nn
 
 from experiments import catalogue
 from experiments.compare import choose_device, raise_or_warn, taken, warm_up
+from experiments.engines import OPTIONS as ENGINE
+from experiments.engines import Engine, make_engine
 from experiments.ensembles.data import Images, read_foreign, read_images, reader
 from experiments.ensembles.evaluation import Protocol, check_protocol
 from experiments.ensembles.reproduction import EnsembleReproduction
 from experiments.ensembles.run import EnsembleCell, discard, finished_record, protocol_dict, run_cell
+from experiments.grid import run_grid
 from experiments.options import Owner, check_required, make_fit, of_owner, read_options
 from experiments.pace import EnsemblePace
 from experiments.plan import FIT_OWNER, first_given, names_of, parse_seeds, read_config, short
 from experiments.progress import Display
 from experiments.run import Named, check_writable
 from experiments.samples import keep_samples
-from experiments.unfinished import announce, note_finished, note_problem
 from lifelong_ens.corruptions import CORRUPTIONS, check_name
 from lifelong_ens.ensembles.ensemble import Ensemble
-from lifelong_ens.errors import InputError, NonFiniteLossError, UnfitNetworkError
+from lifelong_ens.errors import InputError, NonFiniteLossError
 from lifelong_ens.report.ensembles import EnsembleReport
 from lifelong_ens.report.page import write_page
 from lifelong_ens.training.fit import Fit
-
-log = logging.getLogger(__name__)
 
 GENERAL: dict[str, Any] = {
     "data": "digits",
@@ -49,6 +49,7 @@ GENERAL: dict[str, Any] = {
     "out": None,
     "device": "auto",
     "force": False,
+    **dict.fromkeys(ENGINE),
 }
 # one network, and one trained for as long as all members together: without them no table tells what an ensemble is for
 ALWAYS = ("single", "single_equal_cost")
@@ -71,6 +72,7 @@ class EnsemblePlan:
         out: The folder.
         device: As it was asked for.
         force: Repeat what has a record.
+        engine: Where cells run at once; None for this process, one after the other.
     """
 
     cells: list[tuple[EnsembleCell, Callable[..., Ensemble]]]
@@ -83,6 +85,7 @@ class EnsemblePlan:
     device: str = "auto"
     force: bool = False
     foreign: Mapping[str, Path | None] = field(default_factory=dict)
+    engine: Engine | None = None
 
     def run(self, progress: bool = True) -> EnsembleReport:
         """Run what has no record yet and report on everything in the folder.
@@ -91,68 +94,41 @@ class EnsemblePlan:
             NonFiniteLossError: Some runs met a loss that is no number; raised after all others are done.
             UnfitNetworkError: No method can run on its network; of several, those that cannot are named in a warning.
         """
-        device = choose_device(self.device)
+        work = TrainEnsemble(self)
         check_writable(self.out)
-        images = self.images()
+        images = work.images
         check_protocol(self.protocol, images)
-        build = self.network_for(images)
-        warm_up(device)
+        self.network_for(images)  # one that does not fit is refused before anything is written
         wanted = protocol_dict(self.protocol, images)
-        problems: list[tuple[str, InputError]] = []
         if self.force:
             for cell, _ in self.cells:
                 discard(cell, self.out)
-        announce([cell for cell, _ in self.cells], self.out)
         first = self.cells[0][0]
         keep_samples([images.test], self.out, first.setting, first.seed)
-        display = Display([cell for cell, _ in self.cells], self.out, progress)
+        finished = functools.partial(finished_record, protocol=wanted, out=self.out)
+        left = sum(finished(cell) is None for cell, _ in self.cells)
         try:
-            for cell, function in self.cells:
-                record = finished_record(cell, wanted, self.out)
-                try:
-                    if record is None:
-                        record = self._run(cell, function, build, images, device, display)
-                    display.finished(cell, record)
-                except NonFiniteLossError as error:
-                    told = f"{cell.label()}: {error}; the others are kept, try a lower --learning_rate"
-                    problems.append((cell.label(), NonFiniteLossError(told)))
-                    note_problem(cell, error, self.out)
-                    display.failed(cell, error)
-                except UnfitNetworkError as error:
-                    problems.append((cell.label(), error))
-                    note_problem(cell, error, self.out)
-                    display.failed(cell, error)
-        except KeyboardInterrupt as stop:
-            stop.args = (display.say_stopped(),)
+            if self.engine is not None and left < self.engine.slots:
+                # too few cells to keep all workers busy: their members run at once, the cells in turn
+                with self.engine, self.engine.threads_here():
+                    work.engine = self.engine
+                    problems = run_grid(self.cells, work, finished, out=self.out, progress=progress)
+            else:
+                problems = run_grid(
+                    self.cells, work, finished, out=self.out, progress=progress, engine=self.engine
+                )
+        except KeyboardInterrupt:
             if any((self.out / "records").glob("*.json")):
                 EnsembleReport.load(self.out).write(self.out)
             write_page([self.out])
             raise
         write_page([self.out])
-        raise_or_warn(problems, stop=len(problems) == len(self.cells))
+        raise_or_warn(
+            [(cell.label(), problem) for cell, problem in problems], len(problems) == len(self.cells)
+        )
         report = EnsembleReport.load(self.out)
         report.write(self.out)
         return report
-
-    def _run(
-        self,
-        cell: EnsembleCell,
-        function: Callable[..., Ensemble],
-        build: Callable[[], nn.Module],
-        images: Images,
-        device: torch.device,
-        display: Display,
-    ) -> dict[str, Any]:
-        batch_size = int(cell.method.options.get("batch_size", cell.fit.batch_size))
-        pace = EnsemblePace(cell, len(images.train), batch_size, device)
-        with display.running(cell, pace.status):
-            record = run_cell(
-                cell, function, build, images, self.protocol, out=self.out, device=device, pace=pace
-            )
-        note_finished(cell, self.out)
-        if display.shown:
-            _say(record, cell)
-        return record
 
     def images(self) -> Images:
         """What members are trained, chosen and tested on."""
@@ -184,6 +160,81 @@ class EnsemblePlan:
                 "one for each class."
             )
         return build
+
+
+class TrainEnsemble:
+    """Trains and measures a cell of a plan; see ``experiments.grid.Work``.
+
+    Attributes:
+        plan: The plan.
+        engine: That members run on at once, entered; None for one after the other.
+    """
+
+    def __init__(self, plan: EnsemblePlan) -> None:
+        self.plan = plan
+        self.engine: Engine | None = None
+
+    def __call__(
+        self, item: tuple[EnsembleCell, Callable[..., Ensemble]], out: Path, display: Display
+    ) -> dict[str, Any]:
+        """See ``Work``."""
+        cell, function = item
+        warm_up(self.device)
+        batch_size = int(cell.method.options.get("batch_size", cell.fit.batch_size))
+        pace = EnsemblePace(cell, len(self.images.train), batch_size, self.device)
+        each = map if self.engine is None else functools.partial(self._members_at_once, self.engine, pace)
+        protocol = self.plan.protocol
+        with display.running(cell, pace.status):
+            try:
+                return run_cell(
+                    cell,
+                    function,
+                    self.build,
+                    self.images,
+                    protocol,
+                    out=out,
+                    device=self.device,
+                    pace=pace,
+                    each=each,
+                )
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(
+                    f"{cell.label()}: {error}; the others are kept, try a lower --learning_rate"
+                ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker, which has a device and images of its own."""
+        return {"plan": replace(self.plan, engine=None), "engine": None}
+
+    @staticmethod
+    def _members_at_once(
+        engine: Engine, pace: EnsemblePace, function: Callable[[Any], Any], items: Iterable[Any]
+    ) -> list[Any]:
+        """As ``map`` does, by the workers of an engine."""
+        items = list(items)
+        futures = [
+            engine.submit(function, item, f"{pace.cell.label()}, network {number + 1} of {len(items)}")
+            for number, item in enumerate(items)
+        ]
+        for done, future in enumerate(as_completed(futures)):
+            future.result()
+            pace.phase(f"networks {done + 1}/{len(items)}", 0)
+        return [future.result() for future in futures]
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where members are trained."""
+        return choose_device(self.plan.device)
+
+    @functools.cached_property
+    def images(self) -> Images:
+        """The same for all cells."""
+        return self.plan.images()
+
+    @functools.cached_property
+    def build(self) -> Callable[[], nn.Module]:
+        """The builder of their network."""
+        return self.plan.network_for(self.images)
 
 
 def plan_ensembles(parsed: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePlan:
@@ -243,6 +294,7 @@ def plan_ensembles(parsed: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePl
         str(general["device"]),
         bool(general["force"]),
         _foreign(general["ood"]),
+        make_engine(general),
     )
 
 
@@ -286,7 +338,16 @@ def plan_rows(
     ]
     device, force = str(given.get("device") or "auto"), bool(given.get("force"))
     return EnsemblePlan(
-        cells, network, declared.network_options, declared.data, data_options, Protocol(), out, device, force
+        cells,
+        network,
+        declared.network_options,
+        declared.data,
+        data_options,
+        Protocol(),
+        out,
+        device,
+        force,
+        engine=make_engine(given),
     )
 
 
@@ -328,14 +389,3 @@ def _whole(name: str, value: Any, least: int) -> int:
     if number < least:
         raise InputError(f"--{name} {number}: expected at least {least}.")
     return number
-
-
-def _say(record: Mapping[str, Any], cell: EnsembleCell) -> None:
-    test = record["uncertainty"][0]
-    log.info(
-        "%s: %.2f %% accuracy, NLL %.4f, trained in %.1f s",
-        cell.label(),
-        100 * test["accuracy"],
-        test["nll"],
-        record["spent"]["seconds"],
-    )

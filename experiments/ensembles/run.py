@@ -19,7 +19,7 @@ from experiments.ensembles.evaluation import Protocol, evaluate
 from experiments.pace import EnsemblePace
 from experiments.run import PACKAGES, Named, commit_here, device_name, digest
 from lifelong_ens.ensembles.ensemble import Ensemble
-from lifelong_ens.ensembles.training import Progress
+from lifelong_ens.ensembles.training import Each, Progress
 from lifelong_ens.errors import DamagedFileError, InputError
 from lifelong_ens.report.ensemble_records import SCHEMA, check_ensemble_record
 from lifelong_ens.store import read_json, write_json
@@ -88,13 +88,14 @@ def run_cell(
     out: Path,
     device: torch.device,
     pace: EnsemblePace,
+    each: Each = map,
 ) -> dict[str, Any]:
     """Train what is not there yet, measure it, write and return the record."""
     started = datetime.now(UTC).isoformat(timespec="milliseconds")
     folder = model_folder(cell, out)
     ensemble = _trained(folder, build_network, device)
     if ensemble is None:
-        ensemble = fit_members(cell, function, build_network, images, device, pace.phase)
+        ensemble = fit_members(cell, function, build_network, images, device, pace.phase, each)
         ensemble.save(folder)
     pace.measuring = True
     record = {
@@ -185,17 +186,19 @@ def fit_members(
     images: Images,
     device: torch.device,
     progress: Progress,
+    each: Each = map,
 ) -> Ensemble:
     """Call a cell's method with all that is its own."""
     names = inspect.signature(function).parameters
     own = {name: value for name, value in cell.method.options.items() if name in names}
     training = {name: value for name, value in cell.method.options.items() if name not in names}
-    members = {"num_members": cell.num_members} if "num_members" in names else {}
+    offered = {"num_members": cell.num_members, "each": each}
+    offered = {name: value for name, value in offered.items() if name in names}
     return function(
         build_network,
         images.train,
         images.validation,
-        **members,
+        **offered,
         fit=Fit(**{**asdict(cell.fit), **training}),
         seed=cell.seed,
         device=device,

@@ -160,15 +160,15 @@ class Reproduction:
         return streams.BUILDERS[self.stream]
 
     def run(self, given: Mapping[str, Any], rest: Sequence[str]) -> tuple[Shown, Path]:
-        """See ``experiments.reproduce.engine.reproduce``."""
-        from experiments.reproduce.engine import reproduce
+        """See ``experiments.reproduce.running.reproduce``."""
+        from experiments.reproduce.running import reproduce
 
         return reproduce(self, given, rest)
 
     def dry_run(self, given: Mapping[str, Any], rest: Sequence[str]) -> str:
         """See ``experiments.dry_run.dry_run``."""
         from experiments.dry_run import dry_run
-        from experiments.reproduce.engine import plan_reproduction
+        from experiments.reproduce.running import plan_reproduction
 
         return dry_run(plan_reproduction(self, given, rest))
 

@@ -43,8 +43,8 @@ class Translation:
     options: str = "experiments.translation.setting:Setting"
 
     def run(self, given: Mapping[str, Any], rest: Sequence[str]) -> tuple[Shown, Path]:
-        """See ``experiments.translation.engine.reproduce``."""
-        from experiments.translation.engine import reproduce
+        """See ``experiments.translation.running.reproduce``."""
+        from experiments.translation.running import reproduce
 
         return reproduce(self, given, rest)
 

@@ -63,6 +63,14 @@ class TrainingMeter:
         self.flops += self._per_row[0] * rows
         self.flops_rank1 += self._per_row[1] * rows
 
+    def add(self, other: TrainingMeter) -> None:
+        """What another meter has counted, of a training apart."""
+        self.rows += other.rows
+        self.flops += other.flops
+        self.flops_rank1 += other.flops_rank1
+        self.saved_bytes = max(self.saved_bytes, other.saved_bytes)
+        self.seconds += other.seconds
+
     @contextmanager
     def timing(self) -> Iterator[None]:
         """Add the time inside to ``seconds``, the device's queued work included."""

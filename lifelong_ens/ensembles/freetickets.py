@@ -21,6 +21,7 @@ from lifelong_ens.ensembles.separate import SeparateNetworks
 from lifelong_ens.ensembles.sparse_training import MaskUpdates, SparseTraining
 from lifelong_ens.ensembles.training import (
     BuildNetwork,
+    Each,
     Progress,
     accuracy,
     new_network,
@@ -45,6 +46,7 @@ def fit_dst(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    each: Each = map,
     sparsity: float = 0.8,
     updates: MaskUpdates | None = None,
     init: Init = "scaled",
@@ -63,6 +65,7 @@ def fit_dst(
         seed: Of the first network; the others have seeds that follow from it.
         device: Where they are trained.
         progress: Hears of every step.
+        each: Calls the training of each network, as ``map`` does; in other processes, for members at once.
         sparsity: Share of linear and convolution weights that is zero.
         updates: When and how masks move: ``updates.growth`` gradient or random, ``.every`` so many steps, ``.rate``,
             ``.decay`` constant or cosine, ``.until``, ``.grown_momentum`` zero or kept; see ``MaskUpdates``.
@@ -78,6 +81,7 @@ def fit_dst(
         fit=fit or Fit(),
         device=device,
         progress=progress,
+        each=each,
         sparsity=sparsity,
         init=init,
         updates=updates or MaskUpdates(),
@@ -94,6 +98,7 @@ def fit_static_sparse(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    each: Each = map,
     sparsity: float = 0.8,
     init: Init = "scaled",
 ) -> Ensemble:
@@ -108,6 +113,7 @@ def fit_static_sparse(
         seed: Of the first network; the others have seeds that follow from it.
         device: Where they are trained.
         progress: Hears of every step.
+        each: Calls the training of each network, as ``map`` does; in other processes, for members at once.
         sparsity: Share of linear and convolution weights that is zero.
         init: ``scaled`` divides the weights that a mask leaves by the root of their layer's density, so that outputs
             vary as much as those of a dense layer; ``plain`` does not (the release, whose networks have norms).
@@ -121,6 +127,7 @@ def fit_static_sparse(
         fit=fit or Fit(),
         device=device,
         progress=progress,
+        each=each,
         sparsity=sparsity,
         init=init,
         updates=None,
@@ -137,18 +144,24 @@ def _sparse_from_scratch(
     fit: Fit,
     device: torch.device | str,
     progress: Progress,
+    each: Each,
     sparsity: float,
     init: Init,
     updates: MaskUpdates | None,
 ) -> Ensemble:
-    meter, effective, networks = TrainingMeter(), 0.0, []
-    for member, seed in enumerate(seeds):
+    def train_one(member: int) -> tuple[nn.Module, TrainingMeter, float]:
+        seed, meter = seeds[member], TrainingMeter()
         network = new_network(build_network, seed, device)
         masks = Masks.random(network, sparsity, torch.Generator().manual_seed(seed), init)
         run = SparseTraining(network, masks, updates, train, fit, seed=seed, meter=meter)
         run_all(run.training, validation, f"{method} {member + 1}/{len(seeds)}", progress)
-        effective += run.flops_effective
+        return network, meter, run.flops_effective
+
+    meter, effective, networks = TrainingMeter(), 0.0, []
+    for network, own, own_effective in each(train_one, range(len(seeds))):
         networks.append(network)
+        meter.add(own)
+        effective += own_effective
     return _finished(networks, method, build_network, meter, len(seeds), effective)
 
 

@@ -26,7 +26,14 @@ from lifelong_ens.ensembles.space import (
     hyper_space,
     needed_validation,
 )
-from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
+from lifelong_ens.ensembles.training import (
+    BuildNetwork,
+    Each,
+    Progress,
+    new_network,
+    silent,
+    train_network,
+)
 from lifelong_ens.errors import InputError, NonFiniteLossError
 from lifelong_ens.training.data import ImageData, channels_last
 from lifelong_ens.training.fit import Fit
@@ -73,6 +80,7 @@ class HyperGrid:
         seed: All seeds and draws follow from it.
         device: Where networks are trained.
         progress: Hears of every step.
+        each: Calls the training of each network, as ``map`` does.
         num_candidates: How many rows.
         ranges: As ``hyper_space`` has them.
     """
@@ -88,6 +96,7 @@ class HyperGrid:
         seed: int,
         device: torch.device | str,
         progress: Progress,
+        each: Each = map,
         num_candidates: int,
         **ranges: Any,
     ) -> None:
@@ -96,6 +105,7 @@ class HyperGrid:
             raise InputError(f"num_candidates is at least 1, not {num_candidates}.")
         self.build_network, self.train, self.num_members = build_network, train, num_members
         self.fit, self.seed, self.device, self.progress = fit or Fit(), seed, device, progress
+        self.each = each
         self._trained: dict[tuple[int, int], Candidate] = {}
         self.space = hyper_space(new_network(build_network, seed, "cpu"), len(train), **ranges)
         draws = torch.Generator().manual_seed(derived_seed(seed, -1))
@@ -107,9 +117,11 @@ class HyperGrid:
     def candidates(self, places: Sequence[tuple[int, int]], label: str) -> list[Candidate]:
         """The candidates at these rows and numbers of seeds."""
         new = [place for place in places if place not in self._trained]
-        for count, (row, number) in enumerate(new):
-            told = f"{label} {count + 1}/{len(new)}"
-            self._trained[row, number] = self._candidate(self.configurations[row], number, told)
+        asked = [
+            (self.configurations[row], number, f"{label} {count + 1}/{len(new)}")
+            for count, (row, number) in enumerate(new)
+        ]
+        self._trained.update(zip(new, self.each(self._candidate, asked), strict=True))
         return [self._trained[place] for place in places]
 
     def hyper_deep(self) -> Ensemble:
@@ -136,7 +148,12 @@ class HyperGrid:
         picks = self._select(self.searched, 1)
         return self._ensemble("best_of_search", self.searched, picks, self.searched)
 
-    def _candidate(self, values: dict[str, float], number: int, label: str) -> Candidate:
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process that trains a candidate: without those that are trained."""
+        return {**vars(self), "_trained": {}, "searched": [], "each": map}
+
+    def _candidate(self, asked: tuple[dict[str, float], int, str]) -> Candidate:
+        values, number, label = asked
         seed, meter = derived_seed(self.seed, number), TrainingMeter()
         network = new_network(self.build_network, seed, self.device)
         for name, group in self.space.dropouts.items():
@@ -191,14 +208,12 @@ class HyperGrid:
         weights = torch.tensor([float(count) for count in picks.values()])
         meter = TrainingMeter()
         for one in charged:
-            meter.flops += one.meter.flops
-            meter.seconds += one.meter.seconds
-            meter.saved_bytes = max(meter.saved_bytes, one.meter.saved_bytes)
+            meter.add(one.meter)
         ensemble = SeparateNetworks(networks, method, weights / weights.sum())
         return finished(ensemble, self.build_network, meter, len(charged)).to(self.device)
 
 
-def fit_hyper_deep(
+def fit_hyper_deep(  # noqa: PLR0913 the method has these options
     build_network: BuildNetwork,
     train: ImageData,
     validation: ImageData | None = None,
@@ -208,6 +223,7 @@ def fit_hyper_deep(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    each: Each = map,
     num_candidates: int = 10,
     l2: Range = (1e-2, 1e2),
     label_smoothing: Range | None = (1e-5, 0.2),
@@ -232,6 +248,7 @@ def fit_hyper_deep(
         seed: Of the common initial weights and of what is drawn; the other seeds follow from it.
         device: Where they are trained.
         progress: Hears of every step.
+        each: Calls the training of each network, as ``map`` does; in other processes, for members at once.
         num_candidates: Configurations of the random search, the given one included.
         l2: Lowest and highest L2 coefficient of a group of layers, divided by the number of training images;
             torch's weight decay is twice the quotient.
@@ -248,6 +265,7 @@ def fit_hyper_deep(
         seed=seed,
         device=device,
         progress=progress,
+        each=each,
         num_candidates=num_candidates,
         l2=l2,
         label_smoothing=label_smoothing,
@@ -257,7 +275,7 @@ def fit_hyper_deep(
     return grid.hyper_deep()
 
 
-def fit_fixed_init_hyper(
+def fit_fixed_init_hyper(  # noqa: PLR0913 the method has these options
     build_network: BuildNetwork,
     train: ImageData,
     validation: ImageData | None = None,
@@ -267,6 +285,7 @@ def fit_fixed_init_hyper(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    each: Each = map,
     num_candidates: int = 10,
     l2: Range = (1e-2, 1e2),
     label_smoothing: Range | None = (1e-5, 0.2),
@@ -288,6 +307,7 @@ def fit_fixed_init_hyper(
         seed: Of the common initial weights, the order of the data and of what is drawn.
         device: Where they are trained.
         progress: Hears of every step.
+        each: Calls the training of each network, as ``map`` does; in other processes, for members at once.
         num_candidates: Configurations of the random search, the given one included.
         l2: As in ``hyper_deep``.
         label_smoothing: As in ``hyper_deep``.
@@ -303,6 +323,7 @@ def fit_fixed_init_hyper(
         seed=seed,
         device=device,
         progress=progress,
+        each=each,
         num_candidates=num_candidates,
         l2=l2,
         label_smoothing=label_smoothing,

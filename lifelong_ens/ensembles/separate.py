@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from lifelong_ens.accounting.flops import layer_calls
 from lifelong_ens.accounting.meter import TrainingMeter
 from lifelong_ens.ensembles.ensemble import Ensemble, finished
-from lifelong_ens.ensembles.training import BuildNetwork, Progress, new_network, silent, train_network
+from lifelong_ens.ensembles.training import (
+    BuildNetwork,
+    Each,
+    Progress,
+    new_network,
+    silent,
+    train_apart,
+    train_network,
+)
 from lifelong_ens.layers.structured import UNIT_LAYERS
 from lifelong_ens.networks.channels import trace_channels
 from lifelong_ens.networks.cutting import cut_out
@@ -99,6 +107,7 @@ def fit_deep(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    each: Each = map,
 ) -> Ensemble:
     """A deep ensemble: networks that differ in initial weights and in the order of the data.
 
@@ -113,6 +122,7 @@ def fit_deep(
         seed: Of the first network; the others have seeds that follow from it.
         device: Where they are trained.
         progress: Hears of every step.
+        each: Calls the training of each network, as ``map`` does; in other processes, for members at once.
     """
     return _separate(
         "deep",
@@ -123,6 +133,7 @@ def fit_deep(
         seeds=[derived_seed(seed, member) for member in range(num_members)],
         device=device,
         progress=progress,
+        each=each,
     )
 
 
@@ -207,21 +218,22 @@ def _separate(
     device: torch.device | str,
     progress: Progress,
     epochs: int | None = None,
+    each: Each = map,
 ) -> Ensemble:
     """Networks that differ in their seeds alone."""
-    meter = TrainingMeter()
-    networks = [
-        train_network(
-            new_network(build_network, seed, device),
+
+    def train_one(member: int, meter: TrainingMeter) -> nn.Module:
+        return train_network(
+            new_network(build_network, seeds[member], device),
             train,
             validation,
             fit,
-            seed=seed,
+            seed=seeds[member],
             meter=meter,
             epochs=epochs,
             label=f"{method} {member + 1}/{len(seeds)}" if len(seeds) > 1 else method,
             progress=progress,
         )
-        for member, seed in enumerate(seeds)
-    ]
+
+    networks, meter = train_apart(train_one, range(len(seeds)), each)
     return finished(SeparateNetworks(networks, method), build_network, meter, len(seeds))

@@ -17,10 +17,12 @@ from lifelong_ens.ensembles.ensemble import Ensemble, finished
 from lifelong_ens.ensembles.separate import SeparateNetworks
 from lifelong_ens.ensembles.training import (
     BuildNetwork,
+    Each,
     Progress,
     Training,
     new_network,
     silent,
+    train_apart,
     train_network,
 )
 from lifelong_ens.errors import InputError, UnfitNetworkError
@@ -53,6 +55,7 @@ def fit_structured(  # noqa: PLR0913 the method has these options
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    each: Each = map,
 ) -> Ensemble:
     """Members that are smaller dense networks, each of the channels of one untrained network that matter to it.
 
@@ -88,6 +91,7 @@ def fit_structured(  # noqa: PLR0913 the method has these options
         seed: Of the untrained network and of the first member; the others have seeds that follow from it.
         device: Where they are trained.
         progress: Hears of every step.
+        each: Calls the training of each network, as ``map`` does; in other processes, for members at once.
 
     Raises:
         UnfitNetworkError: The network's channels cannot be followed, or none of them can be cut.
@@ -119,19 +123,26 @@ def fit_structured(  # noqa: PLR0913 the method has these options
         meter=meter,
         progress=progress,
     )
-    networks = []
-    for member, channels in enumerate(kept):
-        small, own_seed = cut_out(network, groups, channels), derived_seed(seed, member)
+
+    def train_one(member: int, meter: TrainingMeter) -> nn.Module:
+        small = cut_out(network, groups, kept[member])
         if reinitialise:
             # no seed that was used before: the first member's own would give back the untrained network's rows
             with seeded(derived_seed(seed, num_members + 1 + member)):
                 draw_anew(small)
-        label = f"structured {member + 1}/{num_members}"
-        networks.append(
-            train_network(
-                small, train, validation, fit, seed=own_seed, meter=meter, label=label, progress=progress
-            )
+        return train_network(
+            small,
+            train,
+            validation,
+            fit,
+            seed=derived_seed(seed, member),
+            meter=meter,
+            label=f"structured {member + 1}/{num_members}",
+            progress=progress,
         )
+
+    networks, spent = train_apart(train_one, range(num_members), each)
+    meter.add(spent)
     widths = [{name: int(keep.sum()) for name, keep in channels.items()} for channels in kept]
     ensemble = SeparateNetworks(networks, "structured", widths=widths)
     return finished(ensemble, build_network, meter, num_members)

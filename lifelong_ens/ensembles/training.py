@@ -23,6 +23,8 @@ from lifelong_ens.training.seeding import seeded
 BuildNetwork = Callable[[], nn.Module]
 # told what is trained and in how many steps; what it returns is called after every step, and may be SomeSteps
 Progress = Callable[[str, int], Callable[[], object]]
+# calls a function on each of several items, in turn as ``map`` does or at once, and gives the results in their order
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 ComputeLoss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -202,6 +204,28 @@ def train_network(
     """
     run_all(Training(network, train, fit, **options), validation, label, progress)
     return network
+
+
+def train_apart(
+    train_one: Callable[[Any, TrainingMeter], nn.Module], items: Iterable[Any], each: Each
+) -> tuple[list[nn.Module], TrainingMeter]:
+    """Members that do not hang on each other, and what all of them took together.
+
+    Args:
+        train_one: Trains the member of an item under a meter; it may be called in another process.
+        items: One for each member.
+        each: Calls a function on each.
+    """
+
+    def train(item: Any) -> tuple[nn.Module, TrainingMeter]:
+        own = TrainingMeter()
+        return train_one(item, own), own
+
+    networks, meter = [], TrainingMeter()
+    for network, own in each(train, items):
+        networks.append(network)
+        meter.add(own)
+    return networks, meter
 
 
 def run_all(training: Training, validation: ImageData | None, label: str, progress: Progress) -> None:

@@ -15,9 +15,9 @@ import torch
 from experiments import catalogue, reproduce
 from experiments.cli import main
 from experiments.reproduce.declaration import Quick, Reproduction, Row
-from experiments.reproduce.engine import plan_reproduction
-from experiments.reproduce.engine import reproduce as run_reproduction
 from experiments.reproduce.readme import DOCUMENTS, RESULTS, folders, refreshed, table_of
+from experiments.reproduce.running import plan_reproduction
+from experiments.reproduce.running import reproduce as run_reproduction
 from experiments.reproduce.table import Table
 from lifelong_ens.errors import InputError
 from lifelong_ens.report.records import load_records
@@ -89,7 +89,7 @@ def test_rows_have_one_label_each_and_a_vanilla_network(name):
 
 
 def test_every_module_that_declares_one_is_named():
-    own = {"declaration", "engine", "readme", "shared", "table"}
+    own = {"declaration", "readme", "running", "shared", "table"}
     modules = {module.name for module in pkgutil.iter_modules(reproduce.__path__)}
     assert modules - own == set(reproduce.NAMES)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments import catalogue
 from experiments.compare import strategy_builder
+from experiments.engines import make_engine
 from experiments.options import Owner, make_fit, of_owner, read_options
 from experiments.plan import FIT_OWNER, Plan, parse_seeds
 from experiments.reproduce.declaration import Options, Reproduction
@@ -83,7 +84,8 @@ def plan_reproduction(full: Reproduction, given: Mapping[str, Any], rest: Sequen
     ]
     out = given.get("out") or Path("results") / f"{full.name}{'-quick' if given.get('quick') else ''}"
     make_benchmark = _benchmark(stream, {**stream_options, **root}, full.images)
-    return Plan(cells, make_benchmark, out, str(given.get("device") or "auto"), bool(given.get("force")))
+    device, force = str(given.get("device") or "auto"), bool(given.get("force"))
+    return Plan(cells, make_benchmark, out, device, force, engine=make_engine(given))
 
 
 def _benchmark(stream: Callable[..., Any], options: Options, images: str) -> Callable[..., Any]:

@@ -14,8 +14,8 @@ import pytest
 from experiments import reproduce
 from experiments.cli import main
 from experiments.reproduce.translation import REPRODUCTION
-from experiments.translation import engine, text
-from experiments.translation.engine import read_setting
+from experiments.translation import running, text
+from experiments.translation.running import read_setting
 from experiments.translation.setting import Row
 from experiments.translation.table import Table, load_records, steps_to
 from lifelong_ens.errors import DamagedFileError, InputError
@@ -90,7 +90,7 @@ def test_what_has_a_record_is_not_repeated(finished: Path, monkeypatch: pytest.M
     def never(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(engine, "run_row", never)
+    monkeypatch.setattr(running, "run_row", never)
     assert again(finished).markdown() == written
     assert {path: path.read_bytes() for path in (finished / "records").iterdir()} == before
 
@@ -144,7 +144,7 @@ def test_steps_are_counted_to_the_first_look_at_or_below_the_target() -> None:
 
 
 def test_a_target_of_ones_own_uses_the_same_runs(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(engine, "run_row")
+    monkeypatch.delattr(running, "run_row")
     cells = again(finished, "--target_perplexity", "100000").strings().set_index("network")
     assert list(cells["steps to 100000"]) == ["4 ± 0 (1.00x)", "4 ± 0 (1.00x)"]
     cells = again(finished, "--target_perplexity", "1.0001").strings()

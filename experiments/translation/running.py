@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from experiments.compare import choose_device
+from experiments.engines import make_engine
 from experiments.options import Owner, make_fit, of_owner, read_options
 from experiments.plan import FIT_OWNER, parse_seeds
 from experiments.run import check_writable, commit_here, device_name
@@ -51,6 +52,8 @@ def reproduce(declared: Translation, given: Mapping[str, Any], rest: Sequence[st
     Raises:
         InputError: Something given cannot be used, or a package is missing.
     """
+    if make_engine(given) is not None:
+        raise InputError("translation runs one network after the other; leave --jobs and --engine out.")
     setting, fit = read_setting(declared, rest, bool(given.get("quick")))
     seeds = declared.quick_seeds if given.get("quick") else declared.seeds
     seeds = parse_seeds(seeds if given.get("seeds") is None else given["seeds"])
