@@ -17,6 +17,7 @@ from experiments.commands import (
     export,
     listing,
     new,
+    plan,
     predict,
     report,
     reproduce,
@@ -28,6 +29,7 @@ from lifelong_ens.errors import InputError, NonFiniteLossError
 
 COMMANDS = {
     "compare": compare,
+    "plan": plan,
     "tune": tune,
     "ensemble": ensemble,
     "reproduce": reproduce,

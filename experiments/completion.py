@@ -11,6 +11,7 @@ import shtab
 
 from experiments.catalogue import FIT, KINDS, Option, describe, filled
 from experiments.ensembles import STREAMS
+from experiments.machines import MACHINES
 from experiments.reproduce import NAMES, find
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -21,6 +22,7 @@ VALUES: Mapping[str, Sequence[str]] = {
     "network": [*NETWORK],
     "data": [*STREAMS],
     "device": DEVICES,
+    "machine": [*MACHINES],
     "task_inference": ("none", "entropy", "max_probability"),
     "infer_task": ("entropy", "max_probability"),
     "evaluate": ("new", "all"),
@@ -30,6 +32,7 @@ LISTS: Mapping[str, Sequence[str]] = {"strategies": [*STRATEGY], "methods": [*ME
 # whose options a command takes beside its own
 OWNERS: Mapping[str, Sequence[Mapping[str, str]]] = {
     "compare": (STREAM, NETWORK, STRATEGY),
+    "plan": (NETWORK, STRATEGY),
     "tune": (STREAM, NETWORK, STRATEGY),
     "ensemble": ({name: STREAM[name] for name in STREAMS.values()}, NETWORK, METHOD),
     "reproduce": ({name: find(name).options for name in NAMES},),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lifelong_ens.training.augment import Augmentation, augment
 from lifelong_ens.training.data import channels_last
+from lifelong_ens.training.seeding import generator_on
 
 Batch = list[Tensor]
 
@@ -41,7 +42,7 @@ class BatchLoader:
         self.augmentation: Augmentation = augmentation
         # the order is drawn on the CPU, so that it is the same on every device; augmentation where the images are
         self.order_generator = torch.Generator().manual_seed(seed or 0)
-        self.image_generator = torch.Generator(device).manual_seed(seed or 0)
+        self.image_generator = generator_on(device, seed or 0)
         labels = dataset.targets_task_labels.uniques
         # rows of one task need no look at their labels
         self.task_label: int | None = next(iter(labels)) if len(labels) == 1 else None

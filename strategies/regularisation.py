@@ -284,10 +284,14 @@ class ElasticWeightConsolidation(AnchoredStrategy):
         dataset: Any = self.experience.dataset  # pyright: ignore
         generator = torch.Generator().manual_seed(self._task_seed(self.network.num_tasks) + 2)
         drawn = torch.randperm(len(dataset), generator=generator)[: self.fisher_images]
-        for x, y, *_, labels in evaluation_batches(
-            dataset.subset(drawn.tolist()), self._chunk_rows(), self.device
-        ):
-            tasks = task_indices(labels, self.model.tasks)  # pyright: ignore
+        known: dict[int, int] = self.model.tasks  # pyright: ignore
+        batches = evaluation_batches(dataset.subset(drawn.tolist()), self._chunk_rows(), self.device)
+        only = getattr(batches, "task_label", None)
+        for x, y, *_, labels in batches:
+            if only is not None:
+                yield x, y, known[only]
+                continue
+            tasks = task_indices(labels, known)
             for task in tasks.unique().tolist():
                 mine = tasks == task
                 yield x[mine], y[mine], task

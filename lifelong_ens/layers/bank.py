@@ -99,6 +99,11 @@ class Bank(nn.Module):
         """How many members there are, committed and in training."""
         return self.num_committed + (0 if self.active is None else len(self.active))
 
+    @property
+    def spare_bytes(self) -> int:
+        """What the room for later members takes; it is never more than the members that are there."""
+        return self._reserved.nbytes - self.committed.nbytes
+
     def append(self, rows: Tensor) -> None:
         """Add members in training with these rows, ``(k, *shape)``; those before them must be committed."""
         if self.active is not None:

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lifelong_ens.networks.imagenet import resnet50
     from lifelong_ens.networks.plain import lenet5, mlp, resnet18, resnet20, resnet32, vgg11_half, wrn28_10
 
 # the name on the command line -> where its builder is
@@ -15,11 +16,22 @@ BUILDERS: dict[str, str] = {
     "resnet18": "lifelong_ens.networks.plain:resnet18",
     "resnet20": "lifelong_ens.networks.plain:resnet20",
     "resnet32": "lifelong_ens.networks.plain:resnet32",
+    "resnet50": "lifelong_ens.networks.imagenet:resnet50",
     "vgg11_half": "lifelong_ens.networks.plain:vgg11_half",
     "wrn28_10": "lifelong_ens.networks.plain:wrn28_10",
 }
 
-__all__ = ["BUILDERS", "lenet5", "mlp", "resnet18", "resnet20", "resnet32", "vgg11_half", "wrn28_10"]
+__all__ = [
+    "BUILDERS",
+    "lenet5",
+    "mlp",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet50",
+    "vgg11_half",
+    "wrn28_10",
+]
 
 
 def __getattr__(name: str) -> Any:
