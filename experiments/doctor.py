@@ -24,6 +24,7 @@ TESTED_AVALANCHE = "0.6.0"
 # what needs an extra; that of developers is no user's business
 EXTRAS = {
     "tune": "lifelong-ens tune",
+    "ray": "--engine ray",
     "bench": "the peers of lifelong-ens bench",
     "translation": "lifelong-ens reproduce translation",
 }

@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import socket
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any, Protocol
@@ -97,8 +97,8 @@ def _all_at_once(
     items: Sequence[Item], work: Work, out: Path, display: Display, engine: Engine
 ) -> list[tuple[Any, InputError]]:
     problems = []
-    with _Sign(out) as sign, display.following(engine.heard):
-        in_worker = InWorker(work, sign.path, engine.sender())
+    with _signed(out) as sign, display.following(engine.heard):
+        in_worker = InWorker(work, sign, engine.sender())
         futures = {engine.submit(in_worker, item, item[0].label()): item[0] for item in items}
         for future in as_completed(futures):
             cell = futures[future]
@@ -125,19 +125,21 @@ def _give_up(cell: AnyCell, problem: InputError, display: Display) -> None:
     display.failed(cell, problem)
 
 
-class _Sign:
+@contextlib.contextmanager
+def _signed(out: Path) -> Iterator[Path]:
     """A file in a folder while workers run; those that find it share the folder with the driver."""
-
-    def __init__(self, out: Path) -> None:
-        self.path = out.resolve() / f".workers-{secrets.token_hex(6)}.tmp"
-
-    def __enter__(self) -> _Sign:
-        write_bytes(self.path, b"")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    path = out.resolve() / f".workers-{secrets.token_hex(6)}.tmp"
+    write_sign(path)
+    try:
+        yield path
+    finally:
         with contextlib.suppress(OSError):
-            self.path.unlink()
+            path.unlink()
+
+
+def write_sign(path: Path) -> None:
+    """Leave it where workers look for it."""
+    write_bytes(path, b"")
 
 
 class InWorker:

@@ -20,9 +20,10 @@ ROWS: dict[str, str] = {
     "loop": "experiments.bench.loop:loop",
     "evaluation": "experiments.bench.evaluation:evaluation",
     "streaming": "experiments.bench.streaming:streaming",
+    "grid": "experiments.bench.grid:grid",
 }
 # rows of what runs on a CPU alone, or is nothing but Python
-CPU_ONLY = frozenset({"sparse", "loop", "evaluation", "streaming"})
+CPU_ONLY = frozenset({"sparse", "loop", "evaluation", "streaming", "grid"})
 # what --quick changes beside the number of rounds
 QUICK: dict[str, dict[str, Any]] = {
     "ensemble_inference": {"batch_sizes": (1, 32)},
@@ -30,4 +31,5 @@ QUICK: dict[str, dict[str, Any]] = {
     "loop": {"batch_sizes": (64,)},
     "evaluation": {"num_tasks": 20},
     "streaming": {"images_per_class": 10},
+    "grid": {"epochs": 8},
 }

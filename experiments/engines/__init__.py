@@ -40,6 +40,9 @@ class Parcel:
 class Engine(ABC):
     """Calls functions in other processes; to be entered before, and left after.
 
+    Whoever enters one that is entered finds its workers at work, which end when the first leaves: several comparisons
+    inside one ``with`` share them.
+
     A worker that dies costs only what it was doing: that is tried again, ``TRIES`` times in all.
 
     Attributes:
@@ -48,6 +51,7 @@ class Engine(ABC):
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._entered = 0
         self._packed: tuple[Callable[..., Any], Parcel] | None = None
 
     @property
@@ -68,12 +72,24 @@ class Engine(ABC):
             label: For people.
         """
 
-    @abstractmethod
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        if not self._entered:
+            self._start()
+        self._entered += 1
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self._entered -= 1
+        if not self._entered:
+            self._end(at_once=kind is not None)
 
     @abstractmethod
-    def __exit__(self, *exception: object) -> None:
-        """End all workers; what was not finished is given up."""
+    def _start(self) -> None:
+        """Get ready for the first item."""
+
+    @abstractmethod
+    def _end(self, at_once: bool) -> None:
+        """End all workers, with what they are doing if there is anything left."""
 
     @contextmanager
     def threads_here(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ThreadPoolExecutor
-from typing import Any, Self
+from typing import Any
 
 from loky.process_executor import ProcessPoolExecutor, ShutdownExecutorError
 
@@ -49,17 +49,16 @@ class Local(Engine):
         """See ``Engine``."""
         return self._drivers.submit(self._call, self.packed(function), dumped(item), label)
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         self._own, self._processes, self._leaving = threading.local(), [], False
         self._drivers = ThreadPoolExecutor(self.jobs, "worker")
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _end(self, at_once: bool) -> None:
         with self._lock:
             self._leaving = True
         self._drivers.shutdown(wait=False, cancel_futures=True)
         for process in self._processes:
-            process.shutdown(wait=True, kill_workers=exception[0] is not None)
+            process.shutdown(wait=True, kill_workers=at_once)
         self._drivers.shutdown(wait=True)
 
     def _call(self, parcel: Parcel, item: bytes, label: str) -> Any:

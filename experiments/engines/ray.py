@@ -8,7 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, Self
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -78,7 +78,7 @@ class Ray(Engine):
         with contextlib.suppress(Exception):  # news is no reason to fail
             yield from self._queue.get_nowait_batch(self._queue.qsize())
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         if not ray.is_initialized():
             _connect(self.address)
             self._connected = True
@@ -87,11 +87,10 @@ class Ray(Engine):
             _check_resources(self._wanted())
             self._queue = _queue_here()
         except BaseException:
-            self.__exit__()
+            self._end(at_once=True)
             raise
-        return self
 
-    def __exit__(self, *exception: object) -> None:
+    def _end(self, at_once: bool) -> None:
         with contextlib.suppress(Exception):  # a cluster that has gone needs no tidying up
             for answer in self._tasks:
                 ray.cancel(answer, force=True)
