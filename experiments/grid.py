@@ -115,8 +115,9 @@ def _all_at_once(
 
 
 def _settle(cell: AnyCell, record: Mapping[str, Any], display: Display) -> None:
-    note_finished(cell, display.out)
-    display.finished(cell, record)
+    with display.lock:
+        note_finished(cell, display.out)
+        display.finished(cell, record)
     display.say(record, cell)
 
 

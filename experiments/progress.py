@@ -42,6 +42,8 @@ class Display:
     ) -> None:
         self.out, self.shown, self.send = out, shown, send
         self.live = shown and sys.stderr.isatty()
+        # what is drawn and what is logged above it do not mix, nor does an old status replace a newer one
+        self.lock = threading.RLock()
         self.cells = {cell.key: cell for cell in cells}
         self.statuses = {key: _before(cell, has_record(cell, out)) for key, cell in self.cells.items()}
 
@@ -113,11 +115,13 @@ class Display:
 
     def finished(self, cell: AnyCell, record: Mapping[str, Any]) -> None:
         """A run has its record."""
-        self.statuses[cell.key] = finished_status(record)
+        with self.lock:
+            self.statuses[cell.key] = finished_status(record)
 
     def failed(self, cell: AnyCell, problem: Exception) -> None:
         """A run cannot be finished."""
-        self.statuses[cell.key] = Status(cell.label(), cell.named.name, "failed", reason=str(problem))
+        with self.lock:
+            self.statuses[cell.key] = Status(cell.label(), cell.named.name, "failed", reason=str(problem))
 
     def say_stopped(self) -> str:
         """Log what there is after a run was stopped, and return that sentence."""
@@ -133,7 +137,8 @@ class Display:
     def say(self, record: Mapping[str, Any], cell: AnyCell) -> None:
         """Log what a run that has just finished has come to."""
         if self.shown:
-            log.info("%s: %s", cell.label(), screen.outcome(record))
+            with self.lock:
+                log.info("%s: %s", cell.label(), screen.outcome(record))
 
     def note(self, cell: AnyCell, status: Status) -> None:
         """Write down how far a run is."""
@@ -196,7 +201,8 @@ class _Beat(threading.Thread):
                 statuses = list(self.display.statuses.values())
                 if self.display.live:
                     draw = draw or stack.enter_context(screen.drawing())
-                    draw(screen.drawn(running, statuses))
+                    with self.display.lock:
+                        draw(screen.drawn(running, statuses))
                 elif self.display.shown and now - self._said >= SAY:
                     self._said = now
                     for status in running:

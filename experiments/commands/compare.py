@@ -14,6 +14,7 @@ EXAMPLES = """
 examples:
   lifelong-ens compare --stream split_digits --strategies finetune,batch_ensemble,pnn --seeds 3 --out results/d
   lifelong-ens compare --stream split_cifar100 --root data --num_tasks 10 --network lenet5 --epochs 20
+  lifelong-ens compare --strategies finetune,ewc,pnn --seeds 5 --jobs auto
   lifelong-ens compare --config experiment.yaml --strategies my_module:my_strategy --dry_run"""
 
 

@@ -41,7 +41,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray_address",
         metavar="ADDRESS",
-        help="auto, HOST[:PORT] or ray://HOST:10001 (default: a cluster found here)",
+        help="auto, or HOST[:PORT] of the head (default: a cluster found here)",
     )
     group.add_argument(
         "--resources", metavar="LIST", help="of each run, such as cpus=2,gpus=0.25 (default: cpus=1)"

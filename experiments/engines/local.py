@@ -14,7 +14,7 @@ from typing import Any
 from loky.process_executor import ProcessPoolExecutor, ShutdownExecutorError
 
 from experiments.engines import TRIES, Engine, LostWorkerError, Parcel, cores, dumped
-from experiments.engines.worker import UnknownParcelError, begin, call, versions_here
+from experiments.engines.worker import Driver, UnknownParcelError, begin, call
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Local(Engine):
         self._lock = threading.Lock()
         self._processes: list[ProcessPoolExecutor] = []
         self._leaving = True
-        self._versions = versions_here()
+        self._driver = Driver.here(threads)
 
     @property
     def slots(self) -> int:
@@ -52,6 +52,7 @@ class Local(Engine):
     def _start(self) -> None:
         self._own, self._processes, self._leaving = threading.local(), [], False
         self._drivers = ThreadPoolExecutor(self.jobs, "worker")
+        log.info("starting up to %d processes", self.jobs)
 
     def _end(self, at_once: bool) -> None:
         with self._lock:
@@ -84,8 +85,8 @@ class Local(Engine):
         if self._own.token == parcel.token:
             with contextlib.suppress(UnknownParcelError):
                 known = Parcel(parcel.token, b"")
-                return process.submit(call, known, item, self.threads, self._versions).result()
-        answer = process.submit(call, parcel, item, self.threads, self._versions).result()
+                return process.submit(call, known, item, self._driver).result()
+        answer = process.submit(call, parcel, item, self._driver).result()
         self._own.token = parcel.token
         return answer
 

@@ -15,9 +15,11 @@ import ray.exceptions
 from ray.util.queue import Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from experiments.engines import CPUS, GPUS, MEMORY, TRIES, Engine, LostWorkerError, Parcel, dumped
-from experiments.engines.worker import call, versions_here
+from experiments.engines import CPUS, GPUS, MEMORY, TRIES, Engine, LostWorkerError, dumped
+from experiments.engines.worker import Driver, call
 from lifelong_ens.errors import InputError
+
+log = logging.getLogger(__name__)
 
 # seconds that an address has to answer, and the port where it names none
 ANSWER, PORT = 10.0, 6379
@@ -29,9 +31,8 @@ class Ray(Engine):
     """Ray's tasks: one for each item, retried by Ray on another node when a worker or its node dies.
 
     Args:
-        address: ``auto`` for the cluster that this machine is part of, ``HOST[:PORT]`` of a cluster's head, on one of
-            its nodes, ``ray://HOST:10001`` from outside. If not given: the cluster that ``RAY_ADDRESS`` names, or
-            one of this machine alone, for as long as it is needed.
+        address: ``auto`` for the cluster that this machine is part of, or ``HOST[:PORT]`` of that cluster's head. If
+            not given: the one that ``RAY_ADDRESS`` names, or one of this machine alone, for as long as it is needed.
         resources: Of a task: ``cpus`` (threads of torch, too; 1 if not given), ``gpus``, ``memory`` in bytes, or any
             resource that nodes were started with.
     """
@@ -55,7 +56,7 @@ class Ray(Engine):
         if self._sent[0] != parcel.token:
             self._sent = parcel.token, ray.put(parcel)
         other = {name: value for name, value in self.resources.items() if name not in RAYS_NAMES}
-        task = ray.remote(_call).options(
+        task = ray.remote(call).options(
             name=label,
             num_cpus=self.resources[CPUS],
             num_gpus=self.resources.get(GPUS, 0),
@@ -63,7 +64,7 @@ class Ray(Engine):
             resources=other or None,
             max_retries=TRIES - 1,
         )
-        answer = task.remote(self._sent[1], dumped(item), self.threads, versions_here())
+        answer = task.remote(self._sent[1], dumped(item), Driver.here(self.threads))
         self._tasks.add(answer)
         future: Future[Any] = Future()
         answer.future().add_done_callback(lambda done: self._settle(done, answer, future, label))
@@ -86,6 +87,7 @@ class Ray(Engine):
         try:
             _check_resources(self._wanted())
             self._queue = _queue_here()
+            log.info("on a Ray cluster, %d tasks at once", self.slots)
         except BaseException:
             self._end(at_once=True)
             raise
@@ -118,10 +120,6 @@ def _queue_here() -> Any:
     """A queue that lives as long as the driver's node does."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-
-
-def _call(parcel: Parcel, item: bytes, threads: int, versions: Mapping[str, str]) -> Any:
-    return call(parcel, item, threads, versions)
 
 
 def _ours(error: BaseException, label: str) -> BaseException:
@@ -173,16 +171,16 @@ def _reached(address: str | None) -> str | None:
     """
     if address in (None, "auto", "local"):
         return address
-    host, _, port = address.removeprefix("ray://").partition(":")
-    outside = address.startswith("ray://")
+    host, _, port = address.partition(":")
     try:
-        number = int(port or (10001 if outside else PORT))
+        number = int(port or PORT)
         socket.create_connection((host, number), timeout=ANSWER).close()
     except (OSError, ValueError) as error:
         raise InputError(
-            f"--ray_address {address}: nothing answers there ({error}); give HOST:PORT of the cluster's head."
+            f"--ray_address {address}: nothing answers there ({error}); give HOST:PORT of the cluster's head, "
+            "on one of its nodes."
         ) from error
-    return f"{'ray://' if outside else ''}{host}:{number}"
+    return f"{host}:{number}"
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import signal
@@ -9,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -32,20 +34,41 @@ class UnknownParcelError(Exception):
 _opened: dict[str, Callable[[Any], Any]] = {}
 
 
-def call(parcel: Parcel, item: bytes, threads: int, versions: Mapping[str, str]) -> Any:
+@dataclass(frozen=True)
+class Driver:
+    """What a worker has to know of the process that it works for.
+
+    Attributes:
+        threads: That torch may use in the worker.
+        folder: That relative paths are meant from.
+        versions: Of its packages.
+    """
+
+    threads: int
+    folder: str
+    versions: Mapping[str, str]
+
+    @classmethod
+    def here(cls, threads: int) -> Driver:
+        """This process."""
+        return cls(threads, os.getcwd(), versions_here())
+
+
+def call(parcel: Parcel, item: bytes, driver: Driver) -> Any:
     """Call a function that was sent on an item that was sent.
 
     Args:
         parcel: The function; the last one is kept open, so that its data need not be sent again.
         item: Its argument.
-        threads: That torch may use.
-        versions: Of the process that sends.
+        driver: Who sends it.
 
     Raises:
-        InputError: Packages here are not of these versions.
+        InputError: Packages here are of other versions.
     """
-    check_versions(versions)
-    torch.set_num_threads(threads)
+    check_versions(driver.versions)
+    torch.set_num_threads(driver.threads)
+    with contextlib.suppress(OSError):  # a machine that does not have it has other paths, too
+        os.chdir(driver.folder)
     if parcel.token not in _opened:
         if not parcel.data:
             raise UnknownParcelError

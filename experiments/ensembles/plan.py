@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -107,16 +108,17 @@ class EnsemblePlan:
         keep_samples([images.test], self.out, first.setting, first.seed)
         finished = functools.partial(finished_record, protocol=wanted, out=self.out)
         left = sum(finished(cell) is None for cell, _ in self.cells)
+        engine = self.engine if left else None
+        run = functools.partial(run_grid, self.cells, work, finished, out=self.out, progress=progress)
         try:
-            if self.engine is not None and left < self.engine.slots:
-                # too few cells to keep all workers busy: their members run at once, the cells in turn
-                with self.engine, self.engine.threads_here():
-                    work.engine = self.engine
-                    problems = run_grid(self.cells, work, finished, out=self.out, progress=progress)
-            else:
-                problems = run_grid(
-                    self.cells, work, finished, out=self.out, progress=progress, engine=self.engine
-                )
+            with engine or contextlib.nullcontext():
+                if engine is not None and left < engine.slots:
+                    # too few cells to keep all workers busy: their members run at once, the cells in turn
+                    work.engine = engine
+                    with engine.threads_here():
+                        problems = run()
+                else:
+                    problems = run(engine=engine)
         except KeyboardInterrupt:
             if any((self.out / "records").glob("*.json")):
                 EnsembleReport.load(self.out).write(self.out)

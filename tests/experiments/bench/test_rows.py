@@ -45,12 +45,16 @@ TINY = {
         "--images_per_class=2",
         "--workers=1",
     ],
+    "grid": ["--strategies=[finetune,joint]", "--seeds=1", "--epochs=1"],
 }
 # who may fail, and only at what is shown as failing; any peer package may be absent
 MAY_BREAK = {"torch-uncertainty", "tabm"}
-PACKAGES = ("torch-uncertainty", "tabm", "peft")
+PACKAGES = ("torch-uncertainty", "tabm", "peft", "ray")
 
 
+# a cluster leaves sockets to the garbage collector
+@pytest.mark.filterwarnings("default::ResourceWarning")
+@pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_measured(name, tmp_path):
     state, threads = torch.get_rng_state(), torch.get_num_threads()
