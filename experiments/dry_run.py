@@ -16,6 +16,7 @@ from avalanche.benchmarks import CLScenario
 from tabulate import tabulate
 
 from experiments.compare import BuildStrategy, choose_device, taken, warm_up
+from experiments.engines import Engine
 from experiments.estimate import Estimate, estimate
 from experiments.plan import Plan
 from experiments.run import Cell, Named, device_name, digest, finished_record
@@ -90,7 +91,7 @@ def dry_run(plan: Plan) -> str:
             rows[name] = row_of_strategy(name, build, benchmark, cell.seed, device)
         rows[name].done.append(_tasks_done(cell, plan, rows[name].num_tasks))
     about = about_stream(first.stream.name, first.network.name, first.fit, benchmark)
-    return overview([*about, where(plan.out, device)], rows, "strategy")
+    return overview([*about, where(plan.out, device)], rows, "strategy", in_turn(plan.engine))
 
 
 def dry_run_tuning(plan: TuningPlan) -> str:
@@ -119,7 +120,9 @@ def dry_run_tuning(plan: TuningPlan) -> str:
     note = "Trials have other options, and may cost more or less: " + "; ".join(
         f"{strategy} searches {names}" for strategy, names in searched.items()
     )
-    return overview([*about, trials, where(plan.out, device)], rows, "strategy", [note])
+    return overview(
+        [*about, trials, where(plan.out, device)], rows, "strategy", [note, *in_turn(plan.engine)]
+    )
 
 
 def _finished_trials(plan: TuningPlan) -> dict[str, int]:
@@ -160,6 +163,15 @@ def labels_of(named: Sequence[Named]) -> list[str]:
 def where(out: Path, device: torch.device) -> str:
     """A line on the folder that is not written to, and on what computes."""
     return f"out: {out}; device: {device_name(device)}"
+
+
+def in_turn(engine: Engine | None) -> list[str]:
+    """What an engine has to do with the times."""
+    return (
+        []
+        if engine is None
+        else ["Times are those of one run after the other; an engine runs several at once."]
+    )
 
 
 def overview(about: Sequence[str], rows: Mapping[str, Row], kind: str, notes: Sequence[str] = ()) -> str:

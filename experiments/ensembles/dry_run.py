@@ -7,7 +7,7 @@ import logging
 from dataclasses import asdict
 
 from experiments.compare import choose_device, warm_up
-from experiments.dry_run import Row, about_training, labels_of, overview, where
+from experiments.dry_run import Row, about_training, in_turn, labels_of, overview, where
 from experiments.ensembles.data import Images
 from experiments.ensembles.estimate import estimate_ensemble
 from experiments.ensembles.evaluation import check_protocol
@@ -43,7 +43,7 @@ def dry_run(plan: EnsemblePlan) -> str:
         rows[label].done.append(int(finished or trained))
         rows[label].unmeasured += trained and not finished
     about = _about(plan.cells[0][0], images)
-    return overview([*about, where(plan.out, device)], rows, "method")
+    return overview([*about, where(plan.out, device)], rows, "method", in_turn(plan.engine))
 
 
 def _about(cell: EnsembleCell, images: Images) -> list[str]:
