@@ -165,6 +165,21 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """A whole number.
+
+    Raises:
+        InputError: It is something else, or too small.
+    """
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = least - 1
+    if number < least:
+        raise InputError(f"--{name} {value}: expected a whole number of at least {least}.")
+    return number
+
+
 def typed(name: str, value: Any, kind: Any) -> Any:
     """A value checked and converted by the type that its function asks for.
 

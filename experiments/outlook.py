@@ -16,7 +16,7 @@ import torch
 from experiments import catalogue
 from experiments.compare import BuildStrategy, choose_device, strategy_builder
 from experiments.machines import EFFICIENCY, machine
-from experiments.options import Owner, check_required, make_fit, of_owner, read_options, typed
+from experiments.options import Owner, check_required, make_fit, of_owner, read_options, typed, whole
 from experiments.paper import Cost, Growth, TaskShape, growth, measured_speed, plain_parameters
 from experiments.plan import FIT_OWNER, SMALL_IMAGES, names_of, short, strategy_owner
 from experiments.run import device_name
@@ -125,7 +125,7 @@ def outlook(parsed: Mapping[str, Any], rest: Sequence[str]) -> Outlook:
     Raises:
         InputError: Something named or given cannot be used, or nothing is known of any of the strategies.
     """
-    counts = [_whole("tasks", one) for one in names_of("tasks", parsed["tasks"])]
+    counts = [whole("tasks", one) for one in names_of("tasks", parsed["tasks"])]
     days, disk_gb = (_above_zero(name, parsed[name]) for name in ("max_days", "disk_gb"))
     task = task_shape(parsed)
     stream, named = parsed["stream"], parsed["network"]
@@ -188,20 +188,13 @@ def task_shape(parsed: Mapping[str, Any]) -> TaskShape:
     """
     name = parsed["stream"]
     catalogue.target_of("stream", name)
-    given = {one: None if parsed[one] is None else _whole(one, parsed[one]) for one in SHAPE}
+    given = {one: None if parsed[one] is None else whole(one, parsed[one]) for one in SHAPE}
     if name not in STREAMS and None in given.values():
         options = ", ".join(f"--{one} N" for one in SHAPE)
         raise InputError(f"what the tasks of {name} are like depends on its files: give {options}.")
     classes, (channels, size, _), images = STREAMS.get(name, (1, (3, 1, 1), 1))
     classes, size = given["classes_per_task"] or classes, given["image_size"] or size
     return TaskShape(classes, (channels, size, size), given["images_per_task"] or round(classes * images))
-
-
-def _whole(name: str, value: Any) -> int:
-    number = typed(name, value, int)
-    if number < 1:
-        raise InputError(f"--{name} is at least 1, not {number}.")
-    return number
 
 
 def _above_zero(name: str, value: Any) -> float:

@@ -16,7 +16,7 @@ from avalanche.benchmarks import CLScenario
 
 from experiments.compare import choose_device, taken
 from experiments.engines import Engine, make_engine
-from experiments.options import flatten
+from experiments.options import flatten, whole
 from experiments.plan import Experiment, read_experiment, short
 from experiments.run import check_writable
 from experiments.search import Space, spaces
@@ -188,8 +188,8 @@ def plan_tuning(parsed: Mapping[str, Any], rest: Sequence[str]) -> TuningPlan:
     return TuningPlan(
         experiment,
         spaces(_search(general["search"]), experiment.strategies, experiment.given),
-        _count("num_tasks_used", general["num_tasks_used"]),
-        _count("trials", general["trials"]),
+        whole("num_tasks_used", general["num_tasks_used"]),
+        whole("trials", general["trials"]),
         Path(general["out"] or Path("results") / f"{short(experiment.stream.name)}-tune"),
         str(general["device"]),
         make_engine(general),
@@ -214,13 +214,3 @@ def _search(written: Any) -> dict[str, Any] | None:
             raise InputError(f"--search {text}: expected OPTION=SPACE, such as learning_rate=log:1e-3:1e-1.")
         search[name.replace("-", "_")] = space
     return search
-
-
-def _count(name: str, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1:
-        raise InputError(f"--{name} {value}: expected a number of at least 1.")
-    return number

@@ -15,6 +15,7 @@ from typing import Any, Self
 import cloudpickle
 import torch
 
+from experiments.options import whole
 from lifelong_ens.errors import InputError, nearest
 
 # how often an item is tried whose worker dies
@@ -157,7 +158,7 @@ def make_engine(given: Mapping[str, Any]) -> Engine | None:
         )
     from experiments.engines.local import Local
 
-    return Local(None if jobs in (None, "auto") else _whole("jobs", jobs), max(int(wanted.get(CPUS, 1)), 1))
+    return Local(None if jobs in (None, "auto") else whole("jobs", jobs), max(int(wanted.get(CPUS, 1)), 1))
 
 
 def dumped(value: Any) -> bytes:
@@ -202,13 +203,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals or not name.strip():
         raise InputError(f"--resources {text}: expected NAME=AMOUNT, such as cpus=2,gpus=0.25.")
     return name.strip(), value
-
-
-def _whole(name: str, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1:
-        raise InputError(f"--{name} {value}: expected a number of processes, at least 1, or auto.")
-    return number

@@ -22,7 +22,7 @@ from experiments.ensembles.evaluation import Protocol, check_protocol
 from experiments.ensembles.reproduction import EnsembleReproduction
 from experiments.ensembles.run import EnsembleCell, discard, finished_record, protocol_dict, run_cell
 from experiments.grid import run_grid
-from experiments.options import Owner, check_required, make_fit, of_owner, read_options
+from experiments.options import Owner, check_required, make_fit, of_owner, read_options, whole
 from experiments.pace import EnsemblePace
 from experiments.plan import FIT_OWNER, first_given, names_of, parse_seeds, read_config, short
 from experiments.progress import Display
@@ -264,7 +264,7 @@ def plan_ensembles(parsed: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePl
     owners = [data_owner, network_owner, *methods.values(), fit_owner]
     given = read_options(owners, rest, config, also=parsed)
     check_required(owners, given)
-    members = _whole("members", general["members"], 1)
+    members = whole("members", general["members"], 1)
     data_options = of_owner(data_owner, given)
     network_options = of_owner(network_owner, given)
     fit = make_fit(of_owner(fit_owner, given))
@@ -277,7 +277,7 @@ def plan_ensembles(parsed: Mapping[str, Any], rest: Sequence[str]) -> EnsemblePl
                 Named(network_name, network_options),
                 fit,
                 members,
-                _whole("held_out", general["held_out"], 0),
+                whole("held_out", general["held_out"], 0),
                 seed,
             ),
             owner.function,
@@ -368,7 +368,7 @@ def _protocol(general: Mapping[str, Any]) -> Protocol:
     count = general["corrupted_images"]
     return Protocol(
         names,
-        None if count is None else _whole("corrupted_images", count, 1),
+        None if count is None else whole("corrupted_images", count, 1),
         None if general["cifar_c"] is None else Path(general["cifar_c"]),
         bool(general["calibrate"]),
     )
@@ -381,13 +381,3 @@ def _foreign(value: Any) -> dict[str, Path | None]:
         name, equals, root = part.partition("=")
         foreign[name] = Path(root).expanduser() if equals else None
     return foreign
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--{name} {value}: expected a whole number.") from error
-    if number < least:
-        raise InputError(f"--{name} {number}: expected at least {least}.")
-    return number

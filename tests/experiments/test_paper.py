@@ -232,7 +232,7 @@ def test_command_prints_and_writes(tmp_path, capsys):
         (["--stream", "image_folder"], "--classes_per_task N, --image_size N, --images_per_task N"),
         (["--stream", "split_digit"], "did you mean split_digits"),
         (["--strategies", "den"], "den: a task adds units"),
-        (["--tasks", "0"], "--tasks is at least 1"),
+        (["--tasks", "0"], "--tasks 0: expected a whole number of at least 1"),
         (["--efficiency", "much"], "--efficiency much: expected float"),
         (["--hiden", "[4]"], "did you mean hidden"),
         (["--out", "plan.txt"], ".csv or .json"),
