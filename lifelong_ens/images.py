@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -50,7 +51,12 @@ def resize(images: np.ndarray, size: int | tuple[int, int] | None) -> np.ndarray
 
 
 def read_image(
-    path: str, image_size: int | None, crop_margin: float = 1.0, *, channels: int = 3
+    path: str,
+    image_size: int | None,
+    crop_margin: float = 1.0,
+    *,
+    channels: int = 3,
+    content: bytes | None = None,
 ) -> np.ndarray:
     """One file, uint8 ``(channels, H, W)``, upright, and if a size is given resized and cropped to it.
 
@@ -59,13 +65,14 @@ def read_image(
         image_size: Height and width; ``None`` keeps the image's own.
         crop_margin: The short side is resized to ``image_size * crop_margin`` before the centre is cropped.
         channels: 3 for RGB, 1 for grey.
+        content: What stands in the file, where that was read already; ``path`` then only names it.
 
     Raises:
         InputError: The file cannot be decoded.
     """
     mode = {1: "L", 3: "RGB"}[channels]
     try:
-        with Image.open(path) as opened:
+        with Image.open(path if content is None else BytesIO(content)) as opened:
             if image_size is not None:
                 # JPEG can be decoded at a fraction of its size; twice the wanted one keeps resizing exact
                 wanted = round(2 * image_size * crop_margin)

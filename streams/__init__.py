@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from streams.imagenet import split_imagenet, split_tiny_imagenet
     from streams.mnist import permuted_mnist, rotated_mnist, split_fashion_mnist, split_mnist
     from streams.table import image_table
+    from streams.webdataset import image_shards
 
 BUILDERS: dict[str, str] = {
     "split_digits": "streams.digits:split_digits",
@@ -27,6 +28,7 @@ BUILDERS: dict[str, str] = {
     "image_folder": "streams.folder:image_folder",
     "domain_folder": "streams.folder:domain_folder",
     "image_table": "streams.table:image_table",
+    "image_shards": "streams.webdataset:image_shards",
     "from_arrays": "streams.arrays:from_arrays",
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "domain_folder",
     "from_arrays",
     "image_folder",
+    "image_shards",
     "image_table",
     "permuted_mnist",
     "rotated_mnist",

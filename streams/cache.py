@@ -68,21 +68,22 @@ class Source:
 
     Attributes:
         kind: How the files are read.
-        root: The folder that the user named.
-        files: Lists path relative to ``root``, bytes, ``mtime_ns`` and what else is known of every file.
+        root: The folder that the user named, or the address of shards.
+        files: Lists path relative to ``root``, bytes, version and what else is known of every file.
         plan: Reads what must be known before decoding.
         options: What else changes the decoded images, such as the image size.
     """
 
     kind: str
-    root: Path
+    root: str | Path
     files: Callable[[], Iterable[tuple[str | int, ...]]]
     plan: Callable[[], Plan]
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def key(self) -> str:
         """Names the cache's file: the same folder read in the same way has the same key, changed or not."""
-        return _digest([self.kind, str(self.root.resolve()), sorted(self.options.items())])[:16]
+        root = self.root.resolve() if isinstance(self.root, Path) else self.root
+        return _digest([self.kind, str(root), sorted(self.options.items())])[:16]
 
     def fingerprint(self) -> str:
         """Changes whenever a file or an option does."""

@@ -105,15 +105,10 @@ def _train_and_test(
     folder: Path, listed: Callable[[Path, int | None], list[ImageFile]], options: TaskOptions
 ) -> tuple[list[ImageFile], list[ImageFile]]:
     """Images to train and to test on: in folders of their own, or a fraction of every class held out."""
-    from streams.folders import hold_out_files, limited
+    from streams.folders import split_off
 
     if not (folder / "train").is_dir():
-        files = listed(folder, None)
-        held = hold_out_files(files, options.test_fraction)
-        train, test = (
-            [f for f, out in zip(files, held, strict=True) if out is part] for part in (False, True)
-        )
-        return limited(train, options.limit), limited(test, options.limit)
+        return split_off(listed(folder, None), options.test_fraction, options.limit)
     parts = [folder / name for name in ("test", "val") if (folder / name).is_dir()]
     if not parts:
         raise InputError(f"{folder} has train/ but no test/ or val/; add one, or move the folders in it up")

@@ -1,9 +1,9 @@
-"""Class folders of image files: listed, fingerprinted and made into streams."""
+"""Image files, of class folders or listed elsewhere: fingerprinted and made into streams."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from lifelong_ens.errors import InputError
 from lifelong_ens.images import EXTENSIONS, find_images, is_hidden, read_image
 from lifelong_ens.store import natural
 from streams.cache import Source, Storage, load
-from streams.files import ImageFiles
+from streams.files import ImageFiles, Members, ReadImage, is_remote
 from streams.store import Plan
 from streams.tasks import TaskOptions, class_stream, hold_out, task_stream
 
@@ -31,13 +31,25 @@ _BLOCK_BYTES = 8_000_000
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One image on disk with its class, what its fingerprint needs, and its task where the user gave one."""
+    """One image with its class, what its fingerprint needs, and its task where the user gave one.
+
+    Attributes:
+        path: Of the file; of a shard's member ``<shard>/<member>``.
+        class_name: Of its class.
+        num_bytes: Its size.
+        version: Changes whenever the file, or the shard, does: a file's time of modification in ns.
+        task: As the user called it.
+        shard: Address of the shard; empty where the image is a file of its own.
+        start: Where in the shard it begins, in bytes.
+    """
 
     path: str
     class_name: str
     num_bytes: int
-    mtime_ns: int
+    version: int | str
     task: str = ""
+    shard: str = ""
+    start: int = 0
 
 
 def require_folder(root: str | Path, layout: str) -> Path:
@@ -111,6 +123,15 @@ def hold_out_files(files: Sequence[ImageFile], fraction: float) -> list[bool]:
     return hold_out(numbers, fraction, names).tolist()
 
 
+def split_off(
+    files: Sequence[ImageFile], fraction: float, limit: int | None
+) -> tuple[list[ImageFile], list[ImageFile]]:
+    """Images to train on and a fraction of every class held out to test with, at most ``limit`` of each."""
+    held = hold_out_files(files, fraction)
+    train, test = ([f for f, out in zip(files, held, strict=True) if out is part] for part in (False, True))
+    return limited(train, limit), limited(test, limit)
+
+
 def limited(files: Sequence[ImageFile], limit: int | None) -> list[ImageFile]:
     """The first ``limit`` files of every class in every task."""
     groups: dict[tuple[str, str], list[ImageFile]] = {}
@@ -121,7 +142,7 @@ def limited(files: Sequence[ImageFile], limit: int | None) -> list[ImageFile]:
 
 def folder_source(
     kind: str,
-    root: Path,
+    root: str | Path,
     train: Sequence[ImageFile],
     test: Sequence[ImageFile],
     *,
@@ -135,14 +156,14 @@ def folder_source(
 
     Args:
         kind: Names the stream.
-        root: The folder that the user named.
+        root: The folder that the user named, or the address of shards.
         train: Training images.
         test: Images that are not trained on.
         image_size: Height and width of the decoded images; ``None`` keeps them, if all agree.
         crop_margin: The short side is resized to ``image_size * crop_margin`` before the centre is cropped.
         variant: What else chose the files, as JSON can hold it.
         limit: What limited the lists.
-        workers: Threads that decode; of images of a few kB at most one, which then is faster than several.
+        workers: Threads that decode; of images of a few kB on a disk at most one, which then is faster than several.
     """
     names = tuple(natural({file.class_name: None for file in train}))
     check_same_classes(names, [file.class_name for file in test], str(root))
@@ -151,18 +172,22 @@ def folder_source(
     labels = np.array([ids[file.class_name] for file in files], dtype=np.int64)
     read = partial(read_image, image_size=image_size, crop_margin=crop_margin)
     small = sum(file.num_bytes for file in files) < _THREADED_BYTES * len(files)
-    threads = min(workers, 1) if small else workers
-    plan = partial(_plan, [file.path for file in files], labels, len(train), names, read, threads)
+    # whoever waits for a store does better with many requests under way
+    threads = min(workers, 1) if small and not any(is_remote(file.shard) for file in files) else workers
+    plan = partial(_plan, files, labels, len(train), names, read, threads)
     options = {"image_size": image_size, "limit": limit, "crop_margin": crop_margin, "variant": variant}
     return Source(kind, root, partial(_fingerprints, root, files, len(train)), plan, options), names
 
 
 def _fingerprints(
-    root: Path, files: Sequence[ImageFile], num_train: int
-) -> list[tuple[str, int, int, str, bool]]:
+    root: str | Path, files: Sequence[ImageFile], num_train: int
+) -> list[tuple[str, int, int | str, str, bool]]:
+    def name(file: ImageFile) -> str:
+        return os.path.relpath(file.path, root) if isinstance(root, Path) else file.path
+
     # a table may change what a file is taken for without touching it
     return [
-        (os.path.relpath(file.path, root), file.num_bytes, file.mtime_ns, file.class_name, row < num_train)
+        (name(file), file.num_bytes, file.version, file.class_name, row < num_train)
         for row, file in enumerate(files)
     ]
 
@@ -184,7 +209,7 @@ def folder_stream(
 
 def stream_of_files(
     name: str,
-    root: Path,
+    root: str | Path,
     train: Sequence[ImageFile],
     test: Sequence[ImageFile],
     options: TaskOptions,
@@ -269,19 +294,31 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _plan(
-    paths: Sequence[str],
+    files: Sequence[ImageFile],
     labels: np.ndarray,
     num_train: int,
     names: tuple[str, ...],
-    read: Callable[[str], np.ndarray],
+    read: ReadImage,
     threads: int,
 ) -> Plan:
-    first = read(paths[0])
+    paths, members = [file.path for file in files], _members(files)
+    content = None if members is None else next(members.read(np.zeros(1, dtype=np.int64)))
+    first = read(paths[0], content=content)
     shape = (first.shape[0], first.shape[1], first.shape[2])
     read_same = partial(_read_same, read=read, shape=shape, like=paths[0])
-    files = ImageFiles(paths, read_same, shape, threads)
+    images = ImageFiles(paths, read_same, shape, threads, members)
     per_block = max(_BLOCK_BYTES // first.size, 1)
-    return Plan(labels, num_train, names, shape, partial(_blocks, files, per_block), files)
+    return Plan(labels, num_train, names, shape, partial(_blocks, images, per_block), images)
+
+
+def _members(files: Sequence[ImageFile]) -> Members | None:
+    """Where the images lie in shards; ``None`` where each is a file of its own."""
+    if not files[0].shard:
+        return None
+    numbers = {shard: number for number, shard in enumerate(sorted({file.shard for file in files}))}
+    shard = np.array([numbers[file.shard] for file in files], dtype=np.int32)
+    start = np.array([file.start for file in files], dtype=np.int64)
+    return Members(list(numbers), shard, start, start + np.array([file.num_bytes for file in files]))
 
 
 def _blocks(files: ImageFiles, per_block: int) -> Iterator[np.ndarray]:
@@ -290,9 +327,9 @@ def _blocks(files: ImageFiles, per_block: int) -> Iterator[np.ndarray]:
 
 
 def _read_same(
-    path: str, read: Callable[[str], np.ndarray], shape: tuple[int, int, int], like: str
+    path: str, *, content: bytes | None, read: ReadImage, shape: tuple[int, int, int], like: str
 ) -> np.ndarray:
-    image = read(path)
+    image = read(path, content=content)
     if image.shape != shape:
         sizes = [f"{s[2]}x{s[1]}" for s in (image.shape, shape)]
         raise InputError(

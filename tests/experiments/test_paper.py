@@ -177,6 +177,7 @@ def test_declared_streams_are_the_streams():
         "image_folder",
         "domain_folder",
         "image_table",
+        "image_shards",
         "from_arrays",
     }
     for name, (classes, (_, size, _), _) in STREAMS.items():

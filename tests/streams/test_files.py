@@ -97,7 +97,7 @@ def numbered(count, workers, read=None):
     """Files whose image is their number, and the list of those that were decoded."""
     decoded = []
 
-    def decode(path):
+    def decode(path, content):
         decoded.append(int(path))
         return np.full((1, 1, 1), int(path) % 256, dtype=np.uint8) if read is None else read(path)
 
@@ -169,7 +169,7 @@ def test_the_first_damaged_file_is_named_and_others_can_be_read(imagenet, worker
 
 
 def test_nothing_more_is_decoded_when_a_pass_is_given_up():
-    def slow(path):
+    def slow(path, content=None):
         time.sleep(0.01)
         return np.zeros((1, 1, 1), dtype=np.uint8)
 
