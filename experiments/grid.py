@@ -72,12 +72,19 @@ def run_grid(
             if record is not None:
                 display.finished(cell, record)
         try:
-            if engine is None:
-                return _one_after_the_other(todo, work, out, display)
-            return _all_at_once(todo, work, out, display, engine) if todo else []
+            if engine is None or not todo:
+                problems = _one_after_the_other(todo, work, out, display)
+            else:
+                problems = _all_at_once(todo, work, out, display, engine)
         except KeyboardInterrupt as stop:
             stop.args = (display.say_stopped(),)
             raise
+    unfinished = {cell.key for cell, _ in problems}
+    for cell, _ in todo:
+        # a worker that was taken for dead may have said how far it is after another one had finished
+        if cell.key not in unfinished:
+            note_finished(cell, out)
+    return problems
 
 
 def _one_after_the_other(
@@ -115,9 +122,8 @@ def _all_at_once(
 
 
 def _settle(cell: AnyCell, record: Mapping[str, Any], display: Display) -> None:
-    with display.lock:
-        note_finished(cell, display.out)
-        display.finished(cell, record)
+    note_finished(cell, display.out)
+    display.finished(cell, record)
     display.say(record, cell)
 
 

@@ -315,7 +315,7 @@ class Run:
         write_json(state.with_suffix(".json"), checkpoint)
         for old in sorted(self.checkpoints.glob("task_*")):
             if old.stem != state.stem:
-                old.unlink()
+                old.unlink(missing_ok=True)
 
     def _record(self) -> dict[str, Any]:
         classes = getattr(self.benchmark, "classes", None)
