@@ -78,8 +78,11 @@ class ImageData:
         # whatever is the same for all batches is done once: a small network's step takes less than a millisecond
         mean, std = (scale.to(device).view(-1, 1, 1) for scale in (self.mean, self.std))
         labels = self.labels.to(device, non_blocking=True).split(batch_size)
+        rows = min(batch_size, len(self))
         for pixels, batch_labels in zip(self._pixels(batch_size), labels, strict=True):
-            images = pixels.to(device, non_blocking=True).float().sub_(mean).div_(std)
+            # all in as much room: a last batch that is smaller would leave holes of another size in the heap
+            room = torch.empty(rows, *pixels.shape[1:], dtype=torch.float32, device=device)
+            images = room[: len(pixels)].copy_(pixels.to(device, non_blocking=True)).sub_(mean).div_(std)
             # labels of their own: what autograd keeps of them is measured by their storage
             yield images if self.transform is None else self.transform(images), batch_labels.clone()
 
