@@ -74,6 +74,7 @@ def compare(
     Raises:
         NonFiniteLossError: Some runs met a loss that is no number; raised after all others are done.
         UnfitNetworkError: No strategy can run on its network; of several, those that cannot are named in a warning.
+        LostWorkerError: The process of a run died again and again; raised after all others are done.
     """
     cells = [
         (Cell(_named(stream), Named(name, _keywords(build)), Named("given"), {}, seed), build)

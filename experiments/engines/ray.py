@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 # seconds that an address has to answer, and the port where it names none
 ANSWER, PORT = 10.0, 6379
+# how a client of HTTP/2, and so of gRPC, begins, and the type of the frame that is answered, in its fourth byte
+SETTINGS = b"\x04"
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + SETTINGS + b"\0\0\0\0\0"
 # as Ray names what each node has
 RAYS_NAMES = {CPUS: "CPU", GPUS: "GPU", MEMORY: "memory"}
 
@@ -164,17 +167,20 @@ def _connect(address: str | None) -> None:
 
 
 def _reached(address: str | None) -> str | None:
-    """An address with its port that something listens at.
+    """An address with its port at which something speaks as a cluster's head does.
 
     Raises:
-        InputError: Nothing does.
+        InputError: Nothing does, in ``ANSWER`` seconds; Ray itself would try for minutes.
     """
     if address in (None, "auto", "local"):
         return address
     host, _, port = address.partition(":")
     try:
         number = int(port or PORT)
-        socket.create_connection((host, number), timeout=ANSWER).close()
+        with socket.create_connection((host, number), timeout=ANSWER) as connection:
+            connection.sendall(HELLO)
+            if connection.recv(9)[3:4] != SETTINGS:
+                raise OSError("it is no Ray cluster")
     except (OSError, ValueError) as error:
         raise InputError(
             f"--ray_address {address}: nothing answers there ({error}); give HOST:PORT of the cluster's head, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 import threading
 import time
 from pathlib import Path
@@ -113,11 +114,32 @@ def test_what_no_node_has_is_refused_with_what_there_is(cluster, tmp_path, capsy
     assert not (tmp_path / "out" / FOLDER).exists()
 
 
-def test_an_address_that_nothing_listens_at_is_named(tmp_path, capsys):
-    start = time.monotonic()
-    assert main(["compare", "--out", str(tmp_path / "out"), "--ray_address", "127.0.0.1:1"]) == 2
-    assert time.monotonic() - start < 10
-    assert "--ray_address 127.0.0.1:1: nothing answers there" in capsys.readouterr().err
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 404 Not Found\r\n\r\n", None])
+def test_an_address_where_no_cluster_answers_is_named(said, tmp_path, capsys, monkeypatch):
+    """Somebody listens and says nothing, or is somebody else; or nobody listens."""
+    monkeypatch.setattr("experiments.engines.ray.ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def speak() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(said)
+                connection.recv(64)
+                ended.wait(60)
+
+        ended, speaker = threading.Event(), threading.Thread(target=speak)
+        if said is None:
+            server.close()
+        else:
+            speaker.start()
+        start = time.monotonic()
+        assert main(["compare", "--out", str(tmp_path / "out"), "--ray_address", address]) == 2
+        assert time.monotonic() - start < 10
+        if said is not None:
+            ended.set()
+            speaker.join()
+    assert f"--ray_address {address}: nothing answers there" in capsys.readouterr().err
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
