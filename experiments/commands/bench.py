@@ -51,7 +51,7 @@ def run(parsed: argparse.Namespace, rest: Sequence[str]) -> None:
     if CALIBRATE in parsed.names:
         _calibrate(parsed, rest)
         return
-    from experiments.bench.engine import run_bench
+    from experiments.bench.running import run_bench
 
     table = run_bench(
         parsed.names,

@@ -11,11 +11,11 @@ import torch
 from experiments.bench import CPU_ONLY, QUICK, ROWS
 from experiments.bench.adding import add_task
 from experiments.bench.calibrate import measure_constants
-from experiments.bench.engine import _rows, run_bench
 from experiments.bench.ensembles import _goal
 from experiments.bench.layers import layers
 from experiments.bench.loop import EPOCHS, NUM_TASKS, Work, loop
 from experiments.bench.measuring import Effort, run_race
+from experiments.bench.running import _rows, run_bench
 from experiments.bench.table import COLUMNS, Table
 from experiments.catalogue import describe, load
 from experiments.cli import main
