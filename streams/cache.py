@@ -83,14 +83,15 @@ class Source:
     def key(self) -> str:
         """Names the cache's file: the same folder read in the same way has the same key, changed or not."""
         root = self.root.resolve() if isinstance(self.root, Path) else self.root
-        return _digest([self.kind, str(root), sorted(self.options.items())])[:16]
+        return digest([self.kind, str(root), sorted(self.options.items())])[:16]
 
     def fingerprint(self) -> str:
         """Changes whenever a file or an option does."""
-        return _digest([VERSION, self.kind, sorted(self.options.items()), list(self.files())])
+        return digest([VERSION, self.kind, sorted(self.options.items()), list(self.files())])
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
+    """Hex digits that stand for a value that JSON can hold."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import posixpath
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from lifelong_ens.errors import DamagedFileError, InputError
 from lifelong_ens.images import EXTENSIONS, is_hidden
 from lifelong_ens.store import cache_folder, natural, read_labelled, write_tensors
+from streams.cache import digest
 from streams.files import unreadable
 from streams.folders import ImageFile
 
@@ -175,8 +175,8 @@ def _index(shard: str, label: str) -> list[ImageFile]:
     with _named(shard):
         system, path = url_to_fs(shard)
         known = system.info(path)
-        version = _digest([VERSION, *(str(known.get(name)) for name in _CHANGING)])
-        file = cache_folder() / "shards" / f"{_digest([shard, label])}.safetensors"
+        version = digest([VERSION, *(str(known.get(name)) for name in _CHANGING)])[:24]
+        file = cache_folder() / "shards" / f"{digest([shard, label])[:24]}.safetensors"
         spans, names = _read_known(file)
         if names.get("version") != version:
             with system.open(path, "rb") as opened:
@@ -264,7 +264,3 @@ def _class(content: bytes, key: str, name: str) -> str:
     except (ValueError, TypeError, KeyError) as error:
         reason = f"no key {key}" if isinstance(error, KeyError | TypeError) else error
         raise InputError(f"{name} says no class ({reason}); expected a number or a name") from None
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from experiments.engines import torch_threads
+
 Call = Callable[[], Any]
 # the kind of verdict, ``absent`` or ``broken``, and the reason
 Failure = tuple[str, str]
@@ -257,15 +259,9 @@ def collected() -> Iterator[None]:
         gc.unfreeze()
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> contextlib.AbstractContextManager[None]:
     """Torch computes in one thread inside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    return torch_threads(1)
 
 
 def _line(

@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -92,15 +92,9 @@ class Engine(ABC):
     def _end(self, at_once: bool) -> None:
         """End all workers, with what they are doing if there is anything left."""
 
-    @contextmanager
-    def threads_here(self) -> Iterator[None]:
+    def threads_here(self) -> AbstractContextManager[None]:
         """Give torch in this process as many threads as in a worker."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        return torch_threads(self.threads)
 
     def sender(self) -> Callable[[Any], object] | None:
         """What workers that do not see the driver's folder can call to be heard; None where all see it."""
@@ -159,6 +153,17 @@ def make_engine(given: Mapping[str, Any]) -> Engine | None:
     from experiments.engines.local import Local
 
     return Local(None if jobs in (None, "auto") else whole("jobs", jobs), max(int(wanted.get(CPUS, 1)), 1))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch computes in so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def dumped(value: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import signal
@@ -77,6 +78,7 @@ def call(parcel: Parcel, item: bytes, driver: Driver) -> Any:
     return _opened[parcel.token](cloudpickle.loads(item))
 
 
+@functools.cache  # reading the metadata of packages takes longer than handing an item over
 def versions_here() -> dict[str, str]:
     """Of Python and of what the numbers of a run depend on; a build's label, as in ``2.6.0+cu124``, is left out."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}

@@ -106,10 +106,12 @@ class EnsemblePlan:
                 discard(cell, self.out)
         first = self.cells[0][0]
         keep_samples([images.test], self.out, first.setting, first.seed)
-        finished = functools.partial(finished_record, protocol=wanted, out=self.out)
-        left = sum(finished(cell) is None for cell, _ in self.cells)
+        records = {cell.key: finished_record(cell, wanted, self.out) for cell, _ in self.cells}
+        left = sum(record is None for record in records.values())
         engine = self.engine if left else None
-        run = functools.partial(run_grid, self.cells, work, finished, out=self.out, progress=progress)
+        run = functools.partial(
+            run_grid, self.cells, work, lambda cell: records[cell.key], out=self.out, progress=progress
+        )
         try:
             with engine or contextlib.nullcontext():
                 if engine is not None and left < engine.slots:

@@ -27,6 +27,7 @@ from lifelong_ens.ensembles.training import (
     new_network,
     run_all,
     silent,
+    train_apart,
     train_network,
 )
 from lifelong_ens.errors import InputError
@@ -149,19 +150,16 @@ def _sparse_from_scratch(
     init: Init,
     updates: MaskUpdates | None,
 ) -> Ensemble:
-    def train_one(member: int) -> tuple[nn.Module, TrainingMeter, float]:
-        seed, meter = seeds[member], TrainingMeter()
+    def train_one(member: int, meter: TrainingMeter) -> tuple[nn.Module, float]:
+        seed = seeds[member]
         network = new_network(build_network, seed, device)
         masks = Masks.random(network, sparsity, torch.Generator().manual_seed(seed), init)
         run = SparseTraining(network, masks, updates, train, fit, seed=seed, meter=meter)
         run_all(run.training, validation, f"{method} {member + 1}/{len(seeds)}", progress)
-        return network, meter, run.flops_effective
+        return network, run.flops_effective
 
-    meter, effective, networks = TrainingMeter(), 0.0, []
-    for network, own, own_effective in each(train_one, range(len(seeds))):
-        networks.append(network)
-        meter.add(own)
-        effective += own_effective
+    members, meter = train_apart(train_one, range(len(seeds)), each)
+    networks, effective = [network for network, _ in members], sum(flops for _, flops in members)
     return _finished(networks, method, build_network, meter, len(seeds), effective)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lifelong_ens.training.loop import EarlyStopping, Optimisation, evaluating, 
 from lifelong_ens.training.losses import member_loss
 from lifelong_ens.training.seeding import seeded
 
+Trained = TypeVar("Trained")
 BuildNetwork = Callable[[], nn.Module]
 # told what is trained and in how many steps; what it returns is called after every step, and may be SomeSteps
 Progress = Callable[[str, int], Callable[[], object]]
@@ -207,8 +208,8 @@ def train_network(
 
 
 def train_apart(
-    train_one: Callable[[Any, TrainingMeter], nn.Module], items: Iterable[Any], each: Each
-) -> tuple[list[nn.Module], TrainingMeter]:
+    train_one: Callable[[Any, TrainingMeter], Trained], items: Iterable[Any], each: Each
+) -> tuple[list[Trained], TrainingMeter]:
     """Members that do not hang on each other, and what all of them took together.
 
     Args:
@@ -217,15 +218,15 @@ def train_apart(
         each: Calls a function on each.
     """
 
-    def train(item: Any) -> tuple[nn.Module, TrainingMeter]:
+    def train(item: Any) -> tuple[Trained, TrainingMeter]:
         own = TrainingMeter()
         return train_one(item, own), own
 
-    networks, meter = [], TrainingMeter()
-    for network, own in each(train, items):
-        networks.append(network)
+    members, meter = [], TrainingMeter()
+    for member, own in each(train, items):
+        members.append(member)
         meter.add(own)
-    return networks, meter
+    return members, meter
 
 
 def run_all(training: Training, validation: ImageData | None, label: str, progress: Progress) -> None:

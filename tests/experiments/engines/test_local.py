@@ -78,15 +78,6 @@ def lasting(folder: Path) -> dict[str, dict]:
     return {path.name: plain(json.loads(path.read_text())) for path in (folder / "records").glob("*.json")}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As workers have: other sums of floats are others in the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def words(out: Path, *more: str) -> list[str]:
     return ["--epochs", "2", "--weight_decay", "0.001", "--device", "cpu", "--out", str(out), *more]
 

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from experiments import grid, progress
 from experiments.cli import main
@@ -33,15 +32,6 @@ def cluster():
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     yield found
     found.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As workers have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def planned(out: Path, strategies: str, seeds: int, epochs: int) -> Plan:
